@@ -69,8 +69,13 @@ def load(dataset, data_dir=None):
         if None in image.shape or image.np_dtype != np.uint8 or label.shape != ():
             raise ValueError(f"it has {image} and {label}")
         builder.download_and_prepare()
-        in_order = tfds.ReadConfig(interleave_cycle_length=1)
-        data = tfds.as_numpy(builder.as_dataset(split="train", batch_size=-1, read_config=in_order))
+        if builder.info.file_format.value == "array_record":  # as_dataset cannot read it
+            examples = builder.as_data_source(split="train")
+            images, labels = map(np.array, zip(*((e["image"], e["label"]) for e in examples)))
+        else:
+            in_order = tfds.ReadConfig(interleave_cycle_length=1)
+            data = tfds.as_numpy(builder.as_dataset(split="train", batch_size=-1, read_config=in_order))
+            images, labels = data["image"], data["label"]
     except OSError as error:  # no network (requests' ConnectionError is one), no space, no permission
         folder = builder.data_path.parents[len(dataset.split("/"))] / "downloads" / "manual"
         files = " ".join(f"{part}-ubyte.gz" for part in MNIST_FILES)
@@ -87,8 +92,8 @@ def load(dataset, data_dir=None):
     original = None
     if isinstance(builder, tfds.image_classification.MNIST):
         # tfds sorts a split by the hash of each example's key, for these sets its index in the files.
-        original = np.array(sorted(range(len(data["label"])), key=Hasher("train").hash_key))
-    return data["image"], data["label"].astype(np.int32), original
+        original = np.array(sorted(range(len(labels)), key=Hasher("train").hash_key))
+    return images, labels.astype(np.int32), original
 
 
 # --- Draw subsets -------------------------------------------------------------------------------

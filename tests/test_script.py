@@ -1,0 +1,294 @@
+"""`python mnist.py` as a person meets it: a process with files, signals and an exit status."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import mnist
+
+SCRIPT = Path(mnist.__file__)
+DIGITS = ["--dataset", "digits"]
+SMALL = [*DIGITS, "--ratios", "0.3", "0.8", "--epochs", "2", "--parallel-runs", "2"]
+
+
+def start(*args, through=(), **kwargs):
+    command = [*through, sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def run(*args, status=0, **kwargs):
+    process = start(*args, **kwargs)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    return out, err
+
+
+def problem(*args, status=1, **kwargs):
+    """Run what must fail; returns its one line, the last on stderr (a progress bar may stand before it)."""
+    _, err = run(*args, status=status, **kwargs)
+    *before, line = err.strip().split("\n")
+    assert line.startswith("mnist.py: ") and all("ex/s" in bar for bar in before)
+    return line
+
+
+def same_results(one, other):
+    names = ("cscores.npy", "cscores-orig-order.npz", "cscores-checkpoint.npz")
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The output of a small job that nothing interrupted, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, *run(*SMALL, "--runs", 12, "--output-dir", folder)
+
+
+def test_smoke(finished):
+    folder, out, err = finished
+    assert f"JAX {jax.__version__} on " in out and "Running on the CPU" in out
+    assert re.search(r"subset ratio +0.3 +0.8", out) and re.search(r"mean C-score +0\.\d{4}", out)
+    assert "held-out accuracy" in out and str(folder / "digits-examples.pdf") in out
+    assert "100%" in err and "ratio 0.8" in err and "tensorflow" not in (out + err).lower()
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "cscores-checkpoint.npz",
+        "cscores-orig-order.npz",
+        "cscores.npy",
+        "digits-examples.pdf",
+    ]
+
+
+def test_outputs(finished):
+    folder = finished[0]
+    scores = np.load(folder / "cscores.npy")
+    assert scores.shape == (1797,) and scores.dtype == np.float64
+    with np.load(folder / "cscores-orig-order.npz") as results:
+        assert set(results) == {"scores", "labels", "subset_ratios", "profile", "n_heldout"}
+        assert np.array_equal(results["scores"], scores, equal_nan=True)
+        assert results["labels"].shape == (1797,) and results["labels"].dtype.kind == "i"
+        assert results["subset_ratios"].tolist() == [0.3, 0.8]
+        profile, n_heldout = results["profile"], results["n_heldout"]
+    assert profile.shape == n_heldout.shape == (2, 1797) and profile.dtype == np.float64
+    known = scores[~np.isnan(scores)]
+    assert len(known) > 1700 and known.min() >= 0 and known.max() == 1 and 0.8 < known.mean() < 1
+    brute = np.zeros_like(n_heldout)
+    for k, ratio in enumerate((0.3, 0.8)):
+        for i in range(12):
+            subset = set(np.random.RandomState(i).choice(1797, round(1797 * ratio), replace=False))
+            brute[k] += [example not in subset for example in range(1797)]
+    assert np.array_equal(n_heldout, brute)
+    assert np.array_equal(np.isnan(profile), n_heldout == 0)
+
+
+def test_the_counts_are_those_of_single_runs(finished):
+    images, labels, _ = mnist.load("digits")
+    sgd = dict(epochs=2, batch_size=128, learning_rate=0.1, momentum=0.9)
+    alone = mnist.Trainer(images, labels, 1, jax.devices()[:1], **sgd)
+    with np.load(finished[0] / "cscores-checkpoint.npz") as counts:
+        assert counts["n_runs"].tolist() == [12, 12]
+        n_correct = np.zeros_like(counts["n_correct"][0])
+        for i in range(12):
+            n_correct += alone.run_batch([i], 0.3)[1][0]
+        assert np.abs(counts["n_correct"][0] - n_correct).sum() <= 0.001 * n_correct.sum()
+
+
+def test_figure(finished, tmp_path):
+    pdf = finished[0] / "digits-examples.pdf"
+    assert pdf.read_bytes().startswith(b"%PDF") and b"%%EOF" in pdf.read_bytes()[-8:]
+    if shutil.which("pdftoppm"):
+        subprocess.run(["pdftoppm", "-r", "30", pdf, tmp_path / "page"], check=True)
+        (page,) = tmp_path.glob("page*.ppm")
+        assert len(set(page.read_bytes()[20:])) > 50
+    png = tmp_path / "elsewhere" / "figure.png"
+    shutil.copytree(finished[0], tmp_path / "out")
+    out, _ = run(*SMALL, "--runs", 12, "--output-dir", tmp_path / "out", "--figure", png)
+    assert png.read_bytes().startswith(b"\x89PNG") and str(png) in out
+    assert same_results(tmp_path / "out", finished[0]), "a finished job only writes its results again"
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_interrupt_and_resume(finished, tmp_path, sign):
+    job = [*SMALL, "--runs", 12, "--output-dir", tmp_path]
+    process = start(*job)
+    checkpoint = tmp_path / "cscores-checkpoint.npz"
+    while not checkpoint.exists() or np.load(checkpoint)["n_runs"].sum() < 4:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    process.send_signal(sign)
+    _, err = process.communicate(timeout=60)
+    done = np.load(checkpoint)["n_runs"].sum()
+    assert 4 <= done < 24, "it was not interrupted in the middle"
+    assert not (tmp_path / "cscores.npy").exists()
+    if sign == signal.SIGINT:
+        line = err.strip().split("\n")[-1]
+        assert process.returncode == 130 and "Traceback" not in err
+        assert f"{done} of 24 runs" in line and "the same command continues" in line
+    else:
+        assert process.returncode == -sign
+    run(*job)
+    assert same_results(tmp_path, finished[0])
+
+
+def test_extend_by_more_runs(finished, tmp_path):
+    run(*SMALL, "--runs", 4, "--output-dir", tmp_path)
+    first = np.load(tmp_path / "cscores-checkpoint.npz")["n_heldout"]
+    _, err = run(*SMALL, "--runs", 12, "--output-dir", tmp_path)
+    assert re.search(r"\b33%", err), "the bar starts where the shorter job ended"
+    assert same_results(tmp_path, finished[0])
+    assert first.sum() < np.load(tmp_path / "cscores-checkpoint.npz")["n_heldout"].sum()
+    before = (tmp_path / "cscores-checkpoint.npz").read_bytes()
+    assert "12 runs" in problem(*SMALL, "--runs", 11, "--output-dir", tmp_path)
+    assert (tmp_path / "cscores-checkpoint.npz").read_bytes() == before
+
+
+def test_other_settings_than_the_checkpoints(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    other = [
+        *DIGITS,
+        "--ratios",
+        "0.3",
+        "--epochs",
+        3,
+        "--batch-size",
+        64,
+        "--momentum",
+        0.5,
+        "--learning-rate",
+        1,
+    ]
+    line = problem(*other, "--runs", 12, "--output-dir", tmp_path / "out")
+    for difference in (
+        "ratios [0.3, 0.8], not [0.3]",
+        "epochs 2, not 3",
+        "batch_size 128, not 64",
+        "momentum 0.9, not 0.5",
+        "learning_rate 0.1, not 1.0",
+    ):
+        assert difference in line
+    assert "dataset" not in line and same_results(tmp_path / "out", finished[0])
+
+
+def test_other_data_than_the_checkpoints(finished, tmp_path):
+    with np.load(finished[0] / "cscores-checkpoint.npz") as file:
+        contents = dict(file)
+    settings = json.loads(str(contents["settings"]))
+    settings["content"] = "0" * 64
+    np.savez(tmp_path / "cscores-checkpoint.npz", **contents | {"settings": json.dumps(settings)})
+    assert "content 0000" in problem(*SMALL, "--runs", 12, "--output-dir", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "incomplete"])
+def test_a_damaged_checkpoint(finished, tmp_path, damage):
+    path, whole = tmp_path / "cscores-checkpoint.npz", (finished[0] / "cscores-checkpoint.npz").read_bytes()
+    if damage == "incomplete":
+        np.savez(path, settings="{}")
+    else:
+        path.write_bytes(
+            {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not a checkpoint"}[damage]
+        )
+    before = path.read_bytes()
+    assert f"cannot read {path}" in problem(*SMALL, "--output-dir", tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_disk_full(finished, tmp_path):
+    run(*SMALL, "--runs", 2, "--output-dir", tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    limit = ["bash", "-c", 'ulimit -f 20; exec "$@"', "limit"]  # KiB in one file; the checkpoint needs 29
+    line = problem(*SMALL, "--runs", 12, "--output-dir", tmp_path, through=limit)
+    assert f"cannot write {tmp_path / 'cscores-checkpoint.npz'}" in line
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    run(*SMALL, "--runs", 12, "--output-dir", tmp_path)
+    assert same_results(tmp_path, finished[0])
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--ratios", "0.5", "1"], "--ratios"),
+        (["--ratios", "0"], "--ratios"),
+        (["--ratios", "nan"], "--ratios"),
+        (["--ratios", "0.5", "0.50"], "each given once"),
+        (["--ratios", "0.0001"], "none of 1797 examples to train on"),
+        (["--ratios", "0.9999"], "or to hold out"),
+        (["--runs", "0"], "--runs"),
+        (["--epochs", "-1"], "--epochs"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--parallel-runs", "0"], "--parallel-runs"),
+        (["--runs", "many"], "--runs"),
+        (["--learning-rate", "0"], "--learning-rate"),
+        (["--momentum", "1"], "--momentum"),
+        (["--figure", "figure.docx"], "--figure"),
+        (["--run", "3"], "--run"),
+    ],
+)
+def test_wrong_usage(tmp_path, args, says):
+    assert says in problem(*DIGITS, "--output-dir", tmp_path, *args, status=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    line = problem(*DIGITS, "--output-dir", tmp_path / "file")
+    assert f"cannot write {tmp_path / 'file'}" in line
+    line = problem(*DIGITS, "--output-dir", tmp_path, "--figure", tmp_path / "file" / "a.pdf")
+    assert f"cannot write {tmp_path / 'file'}" in line
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_out_of_memory(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+
+    monkeypatch.setattr(mnist.Trainer, "run_batch", fail)
+    args = [*DIGITS, "--runs", "60", "--parallel-runs", "60", "--output-dir", str(tmp_path)]
+    assert mnist.main(args) == 1
+    assert "try --parallel-runs 30" in capsys.readouterr().err.split("\n")[-2]
+
+
+def test_examples_never_held_out_are_nan_and_said(tmp_path):
+    out, _ = run(*DIGITS, "--ratios", 0.9, "--runs", 2, "--epochs", 1, "--output-dir", tmp_path)
+    missing = np.isnan(np.load(tmp_path / "cscores.npy")).sum()
+    assert missing > 1000 and f"warning: {missing} examples" in out and "more --runs" in out
+
+
+def test_help_is_quick_and_shows_every_default(tmp_path):
+    begin = time.perf_counter()
+    out, _ = run("--help", cwd=tmp_path)
+    assert time.perf_counter() - begin < 4  # 1.2 s where nothing else runs
+    out = " ".join(out.split())
+    for option in vars(mnist.parse_args([])):
+        assert f"--{option.replace('_', '-')} " in out
+    assert out.count("default") == 11
+    for default in (
+        "mnist",
+        "0.1 0.2 ... 0.9",
+        "200",
+        "10",
+        "128",
+        "0.1",
+        "0.9",
+        "1 per CPU core, 100 per GPU",
+    ):
+        assert f"default {default})" in out
+
+
+def test_importing_has_no_side_effects(tmp_path):
+    code = (
+        "import sys, mnist, jax; "
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'sklearn', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy; jax.config.update('jax_num_cpu_devices', 2); assert jax.device_count() == 2"
+    )
+    env = {"PYTHONPATH": str(SCRIPT.parent), "JAX_PLATFORMS": "cpu", "PATH": ""}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=env)
+    assert list(tmp_path.iterdir()) == []
