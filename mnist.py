@@ -224,8 +224,8 @@ class Trainer:
 def cscores(n_heldout, n_correct):
     """C-scores float64 [N] and consistency profile float64 [K, N] from counts of runs, int [K, N].
 
-    The profile is each example's held-out accuracy at each of K subset ratios (Section 3, Equation
-    1); its C-score is the mean over the ratios at which a run held it out. NaN: there is no estimate.
+    The profile is each example's held-out accuracy at each of K subset ratios (Section 3 of the paper);
+    its C-score is the mean over the ratios at which a run held it out. NaN: there is no estimate.
     """
     with np.errstate(invalid="ignore"):
         profile = n_correct / n_heldout
