@@ -392,7 +392,7 @@ def estimate(args):
     write(args.figure, partial(draw_figure(images, labels, scores).savefig, format=args.figure.suffix[1:]))
     print("subset ratio      ", *(f"{ratio:<6g}" for ratio in args.ratios))
     print("held-out accuracy ", *(f"{a:.4f}" for a in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
-    print(f"mean C-score       {np.nanmean(scores):.4f}, from {args.runs} runs at each ratio")
+    print(f"mean C-score       {np.nanmean(scores):.4f} (--runs {args.runs})")
     print(f"wall time          {time.perf_counter() - start:.0f} s")
     print("written           ", args.output_dir / "cscores.npy", ordered, args.figure)
     if missing := np.isnan(scores).sum():
