@@ -1,0 +1,157 @@
+"""Time mnist.py against a loop that trains one model at a time, and against the machine's limits.
+
+    python tests/benchmark.py --ratio 0.3           # MNIST
+    python tests/benchmark.py --dataset digits      # a quick try
+
+Both train the same runs on the same data, in turns; the times are medians. `sequential` dispatches one
+jitted step for each batch, gathered on the host, and is compiled before the clock starts.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import mnist
+
+SGD = dict(epochs=10, batch_size=128, learning_rate=0.1, momentum=0.9)
+
+
+@jax.jit
+def step(params, velocity, images, labels):
+    grads = jax.grad(mnist.loss)(params, images, labels, jnp.ones(len(labels), bool))
+    velocity = jax.tree.map(lambda v, g: SGD["momentum"] * v + g, velocity, grads)
+    return jax.tree.map(lambda p, v: p - SGD["learning_rate"] * v, params, velocity), velocity
+
+
+@jax.jit
+def predicts(params, images, labels):
+    return mnist.predict(params, images).argmax(axis=1) == labels
+
+
+def sequential(images, labels, run, ratio):
+    """One run: whether each held-out example's label is predicted, bool [held out]."""
+    subset, draws = mnist.draw_subset(run, len(labels), ratio)
+    params, velocity = mnist.init(run, (images.shape[1], 512, 256, int(labels.max()) + 1))
+    for _ in range(SGD["epochs"]):
+        order = subset[draws.permutation(len(subset))]
+        for start in range(0, len(order), SGD["batch_size"]):
+            batch = order[start : start + SGD["batch_size"]]
+            params, velocity = step(params, velocity, images[batch], labels[batch])
+    heldout = np.setdiff1d(np.arange(len(labels)), subset)
+    return np.asarray(predicts(params, images[heldout], labels[heldout]))
+
+
+def seconds(function, *args):
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - start
+
+
+def median_seconds(function, *args, repeats=10):
+    seconds(function, *args)
+    return statistics.median(seconds(function, *args) for _ in range(repeats))
+
+
+def matmul_peak(devices, n=2048):
+    """FLOP/s of float32 products at the default precision, all devices together."""
+    mesh = jax.make_mesh((len(devices),), ("devices",), (jax.sharding.AxisType.Auto,), devices=devices)
+    split = jax.sharding.PartitionSpec("devices")
+    product = jax.jit(jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(split, split), out_specs=split))
+    factor = jax.device_put(
+        np.ones((len(devices), n, n), np.float32), jax.sharding.NamedSharding(mesh, split)
+    )
+    return 2 * n**3 * len(devices) / median_seconds(product, factor, factor)
+
+
+def copy_bandwidth(device):
+    """Bytes per second that one device reads and writes in x + 1."""
+    x = jax.device_put(np.zeros(2**27, np.float32), device)
+    return 2 * x.nbytes / median_seconds(jax.jit(lambda x: x + 1), x)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--dataset", default="mnist")
+    parser.add_argument("--ratio", type=float, default=0.3, help="subset ratio (default %(default)s)")
+    parser.add_argument("--runs", type=int, help="trained together (default: as mnist.py has it)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each measurement (default %(default)s)")
+    parser.add_argument("--full", action="store_true", help="also train 200 runs at each of 9 ratios")
+    args = parser.parse_args()
+
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    devices = jax.local_devices()
+    on_cpu = devices[0].platform == "cpu"
+    runs = args.runs or len(devices) * (1 if on_cpu else 100)
+    images, labels, _ = mnist.load(args.dataset)
+    flat = images.reshape(len(images), -1)
+    trainer = mnist.Trainer(images, labels, runs, devices[:runs], **SGD)
+
+    first = seconds(trainer.run_batch, range(runs), 0.01)
+    compilation = first - seconds(trainer.run_batch, range(runs), 0.01)
+    sequential(flat, labels, 0, args.ratio)
+    alone, together = [], []
+    for repeat in range(args.repeats):
+        alone.append(seconds(sequential, flat, labels, repeat, args.ratio))
+        together.append(seconds(trainer.run_batch, range(repeat, repeat + runs), args.ratio) / runs)
+    alone, together = statistics.median(alone), statistics.median(together)
+    heldout, correct = trainer.run_batch(range(runs), args.ratio)
+    same = np.mean(correct[0][heldout[0]] == sequential(flat, labels, 0, args.ratio))
+
+    n, n_subset = len(labels), round(len(labels) * args.ratio)
+    first_layer, *others = np.multiply((flat.shape[1], 512, 256), (512, 256, labels.max() + 1)).tolist()
+    training, testing = 4 * first_layer + 6 * sum(others), 2 * (first_layer + sum(others))
+    flop = SGD["epochs"] * n_subset * training + (n - n_subset) * testing
+    peak = matmul_peak(devices)
+
+    def projected(per_run):  # the work of a run is proportional to its FLOP
+        work = sum(
+            SGD["epochs"] * round(n * r) * training + (n - round(n * r)) * testing for r in mnist.RATIOS
+        )
+        return f"{200 * per_run * work / flop / 60:.1f} min"
+
+    def table(*cells):
+        print(f"{cells[0]:34}", *(f"{cell:>14}" for cell in cells[1:]))
+
+    print(
+        f"{args.dataset}, ratio {args.ratio:g}, JAX {jax.__version__}, {len(devices)} x {devices[0].device_kind}"
+    )
+    table("", "sequential", f"mnist.py x{runs}")
+    table("seconds per run", f"{alone:.3f}", f"{together:.3f}")
+    table("ratio to sequential", "1.00", f"{alone / together:.2f}")
+    table("GFLOP/s", f"{flop / alone / 1e9:.0f}", f"{flop / together / 1e9:.0f}")
+    table(
+        f"share of {peak / 1e9:.0f} GFLOP/s of matmul",
+        f"{flop / alone / peak:.0%}",
+        f"{flop / together / peak:.0%}",
+    )
+    if not on_cpu:
+        # Each step reads or writes the weights, gradients and momenta about seven times in all.
+        moved = 7 * 4 * (first_layer + sum(others)) * SGD["epochs"] * -(-n_subset // SGD["batch_size"])
+        bandwidth = copy_bandwidth(devices[0]) * len(devices)
+        share = [f"{moved / per_run / bandwidth:.0%}" for per_run in (alone, together)]
+        table(f"share of {bandwidth / 1e9:.0f} GB/s of copying", *share)
+        table("peak device memory", "", f"{devices[0].memory_stats()['peak_bytes_in_use'] / 1e9:.2f} GB")
+    table("compilation", "", f"{compilation:.1f} s")
+    table("full job, projected", projected(alone), projected(together))
+    if args.full:
+        start = time.perf_counter()
+        for ratio in mnist.RATIOS:
+            for begin in range(0, 200, trainer.width):
+                trainer.run_batch(range(begin, min(begin + trainer.width, 200)), ratio)
+        table("full job, measured", "", f"{(time.perf_counter() - start) / 60:.1f} min")
+    table("predictions in common, run 0", "", f"{same:.2%}")
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    print(f"peak host memory {host:.2f} GB, both methods and the data together")
+
+
+if __name__ == "__main__":
+    main()
