@@ -1,8 +1,8 @@
 """Estimate the C-score of every MNIST training example.
 
-    python mnist.py --dataset digits --runs 20    # 1,797 small digits: the whole pipeline, offline
-    python mnist.py --runs 3                      # MNIST, a first look
-    python mnist.py                               # MNIST, the full experiment: 9 ratios x 200 runs
+    python mnist.py --dataset digits --runs 20 --output-dir digits    # 1,797 digits: all of it, offline
+    python mnist.py --runs 3    # MNIST, a first look
+    python mnist.py             # MNIST, the full experiment: 9 ratios x 200 runs
 
 A C-score (Jiang, Zhang, Talwar, Mozer: "Characterizing Structural Regularities of Labeled Data in
 Overparameterized Models", ICML 2021, arXiv 2002.03206) is the expected accuracy of a model on an
@@ -407,7 +407,7 @@ def main(argv=None):
     except Problem as problem:
         message, status = (*problem.args, 1)[:2]
     except KeyboardInterrupt as stop:
-        message, status = str(stop) or "interrupted before training; nothing is lost", 130
+        message, status = str(stop) or "interrupted: the same command goes on where this one was", 130
     print("mnist.py:", " ".join(message.split()), file=sys.stderr)
     return status
 

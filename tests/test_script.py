@@ -120,13 +120,13 @@ def test_interrupt_and_resume(finished, tmp_path, sign):
     job = [*SMALL, "--runs", 12, "--output-dir", tmp_path]
     process = start(*job)
     checkpoint = tmp_path / "cscores-checkpoint.npz"
-    while not checkpoint.exists() or np.load(checkpoint)["n_runs"].sum() < 4:
+    while not checkpoint.exists() or np.load(checkpoint)["n_runs"].sum() < 2:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
     process.send_signal(sign)
     _, err = process.communicate(timeout=60)
     done = np.load(checkpoint)["n_runs"].sum()
-    assert 4 <= done < 24, "it was not interrupted in the middle"
+    assert 2 <= done < 24, f"it was not interrupted in the middle: {err}"
     assert not (tmp_path / "cscores.npy").exists()
     if sign == signal.SIGINT:
         line = err.strip().split("\n")[-1]
