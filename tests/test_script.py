@@ -118,6 +118,8 @@ def test_figure(finished, tmp_path):
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_interrupt_and_resume(finished, tmp_path, sign):
     job = [*SMALL, "--runs", 12, "--output-dir", tmp_path]
+    # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start(*job)
     checkpoint = tmp_path / "cscores-checkpoint.npz"
     while not checkpoint.exists() or np.load(checkpoint)["n_runs"].sum() < 2:
