@@ -140,9 +140,10 @@ def loss(params, images, labels, real):
 def train_epoch(state, order, n, images, labels, *, batch_size, learning_rate, momentum):
     """One epoch of SGD with momentum over the first n entries of `order`; the last batch may be smaller.
 
-    order: int32 [L], indices into images uint8 [N, pixels] and labels int32 [N]; batch_size divides L.
-    The number of steps is a traced value, so that all subset ratios share one compilation.
+    order: int32 [N], indices into images uint8 [N, pixels] and labels int32 [N]. The number of steps is
+    a traced value, so that all subset ratios share one compilation.
     """
+    order = jnp.pad(order, (0, -len(order) % batch_size))
 
     def step(i, state):
         params, velocity = state
@@ -156,10 +157,21 @@ def train_epoch(state, order, n, images, labels, *, batch_size, learning_rate, m
     return lax.fori_loop(0, (n + batch_size - 1) // batch_size, step, state)
 
 
-def evaluate(params, images, labels, *, block=1000):
-    """Whether each example's label is predicted, bool [N]; `block` examples at a time to bound memory."""
-    predicted = lax.map(lambda image: predict(params, image).argmax(), images, batch_size=block)
-    return predicted == labels
+def evaluate(params, order, n, images, labels, *, block=500):
+    """Whether the label is predicted of each of the first n entries of `order`: bool [N], the rest False.
+
+    The arguments are those of `train_epoch`; `block` examples are tested at a time, to bound memory.
+    """
+    padded = jnp.pad(order, (0, -len(order) % block))
+
+    def test(i, correct):
+        batch = lax.dynamic_slice(padded, (i * block,), (block,))
+        real = i * block + jnp.arange(block) < n
+        predicted = predict(params, images[batch]).argmax(axis=-1)
+        return lax.dynamic_update_slice(correct, (predicted == labels[batch]) & real, (i * block,))
+
+    correct = lax.fori_loop(0, (n + block - 1) // block, test, jnp.zeros_like(padded, bool))
+    return correct[: len(order)]
 
 
 class Trainer:
@@ -181,11 +193,11 @@ class Trainer:
         sgd = dict(batch_size=batch_size, learning_rate=learning_rate, momentum=momentum)
         self.init = over_runs(partial(init, widths=widths), split)
         self.train_epoch = over_runs(partial(train_epoch, **sgd), split, split, copied, copied, copied)
-        self.evaluate = over_runs(evaluate, split, copied, copied)
+        self.evaluate = over_runs(evaluate, split, split, copied, copied, copied)
         self.data = jax.device_put((images, labels), NamedSharding(mesh, copied))
         self.by_run = NamedSharding(mesh, split)
         self.width = -(-width // len(devices)) * len(devices)
-        self.n_examples, self.epochs, self.batch_size = len(labels), epochs, batch_size
+        self.n_examples, self.epochs = len(labels), epochs
 
     def run_batch(self, runs, ratio, progress=lambda work: None):
         """Train the given runs (at most `width`) at a subset ratio and test what they held out.
@@ -194,30 +206,34 @@ class Trainer:
         [runs, N]: those of them whose label the trained model predicts. `progress` is called with the
         work just done, in examples trained on; testing an example counts as half of one.
         """
-        n_runs, spare = len(runs), self.width - len(runs)
-        runs = np.pad(runs, (0, spare), mode="edge")  # a short batch repeats its last run
+        n_runs, n_spare = len(runs), self.width - len(runs)
+        runs = np.pad(runs, (0, n_spare), mode="edge")  # a short batch repeats its last run
         subsets, draws = zip(*(draw_subset(run, self.n_examples, ratio) for run in runs))
         n = len(subsets[0])
-        padding = -(-self.n_examples // self.batch_size) * self.batch_size - n
+        heldout = np.ones((self.width, self.n_examples), bool)
+        np.put_along_axis(heldout, np.array(subsets), False, axis=1)
+
+        def on_devices(orders):
+            padded = [np.pad(order, (0, self.n_examples - len(order))) for order in orders]
+            return jax.device_put(np.array(padded, np.int32), self.by_run)
 
         def shuffle():
-            orders = [
-                np.pad(subset[draw.permutation(n)], (0, padding)) for subset, draw in zip(subsets, draws)
-            ]
-            return jax.device_put(np.array(orders, np.int32), self.by_run)
+            return on_devices([subset[draw.permutation(n)] for subset, draw in zip(subsets, draws)])
 
         state, order = self.init(runs), shuffle()
         for epoch in range(1, self.epochs + 1):
             state = self.train_epoch(state, order, n, *self.data)
-            if epoch < self.epochs:
-                order = shuffle()  # the devices train meanwhile: the call above does not wait for them
+            # The devices train meanwhile: the call above does not wait for them.
+            order = shuffle() if epoch < self.epochs else on_devices(map(np.flatnonzero, heldout))
             jax.block_until_ready(state)
             progress(n * n_runs)
-        correct = np.asarray(self.evaluate(state[0], *self.data))
-        heldout = np.ones_like(correct)
-        np.put_along_axis(heldout, np.array(subsets), False, axis=1)
-        progress(self.n_examples * n_runs / 2)
-        return heldout[:n_runs], (correct & heldout)[:n_runs]
+        n_heldout = self.n_examples - n
+        correct = np.zeros_like(heldout)
+        correct[heldout] = np.asarray(self.evaluate(state[0], order, n_heldout, *self.data))[
+            :, :n_heldout
+        ].flat
+        progress(n_heldout * n_runs / 2)
+        return heldout[:n_runs], correct[:n_runs]
 
 
 # --- Scores -------------------------------------------------------------------------------------
@@ -360,7 +376,7 @@ def estimate(args):
     at_once = args.parallel_runs or len(devices) * (1 if on_cpu else 100)
     width = -(-args.runs // -(-args.runs // at_once))  # of batches of one size
     trainer = Trainer(images, labels, width, devices[:width], **sgd)
-    work = args.epochs * n_subset + len(labels) / 2  # of one run, as run_batch counts it
+    work = args.epochs * n_subset + (len(labels) - n_subset) / 2  # of one run, as run_batch counts it
     try:
         with tqdm(total=args.runs * work.sum(), initial=n_runs @ work, unit="ex", unit_scale=True) as bar:
             for k, ratio in enumerate(args.ratios):
