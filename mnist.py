@@ -291,24 +291,58 @@ def write(path, save):
         raise Problem(f"cannot write {path} ({error.strerror}): make room or use another place") from error
 
 
-def load_checkpoint(path, settings, n_examples):
-    """The counts of an earlier job, or zeros: n_heldout, n_correct int32 [K, N], and n_runs int64 [K].
+def load_checkpoint(path, settings, n_examples, n_runs):
+    """The counts in a checkpoint, or zeros: n_heldout, n_correct int32 [K, N]; trained bool [K, n_runs].
 
     Raises Problem if `path` cannot be read or was made with other settings. It is left alone.
     """
     if not path.exists():
         n_heldout, n_correct = np.zeros((2, len(settings["ratios"]), n_examples), np.int32)
-        return dict(n_heldout=n_heldout, n_correct=n_correct, n_runs=np.zeros(len(n_heldout), np.int64))
+        trained = np.zeros((len(n_heldout), n_runs), bool)
+        return dict(n_heldout=n_heldout, n_correct=n_correct, trained=trained)
     try:
         with np.load(path) as file:
             old = json.loads(str(file["settings"]))
-            counts = {name: file[name] for name in ("n_heldout", "n_correct", "n_runs")}
+            counts = {name: file[name] for name in ("n_heldout", "n_correct", "trained")}
         differ = [f"{name} {old[name]}, not {new}" for name, new in settings.items() if old[name] != new]
     except Exception as error:  # a damaged file can make numpy, zipfile and json raise almost anything
         raise Problem(f"cannot read {path} ({error}): move it away or use another --output-dir") from error
     if differ:
         raise Problem(f"{path} was made with {'; '.join(differ)}: use its settings or another --output-dir")
+    of_runs = 1 + np.flatnonzero(counts["trained"].any(axis=0)).max(initial=-1)
+    if of_runs > n_runs:
+        raise Problem(f"{path} is of {of_runs} runs: give --runs that many or use another --output-dir")
+    counts["trained"] = np.pad(counts["trained"], ((0, 0), (0, n_runs)))[:, :n_runs]
     return counts
+
+
+# --- Several processes --------------------------------------------------------------------------
+def join_processes(coordinator, num_processes, process_id):
+    """Join the other processes of the job; JAX finds out what is None from Slurm, Open MPI or Kubernetes.
+
+    Raises Problem if it cannot. When a process dies, the others end within half a minute.
+    """
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from ending a process
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=30)
+    except Exception as error:  # one of many kinds, as each environment is read by code of its own
+        hint = "unless Slurm or the like tells, give --coordinator HOST:PORT --num-processes N --process-id I"
+        raise Problem(f"--distributed: {error} ({hint})", 2) from error
+
+
+def sum_over_processes(counts):
+    """The sum, int32, of an int array over all processes; each of them has to call this.
+
+    Raises Problem if one has died.
+    """
+    one = {device.process_index: device for device in jax.devices()}
+    mesh = Mesh(np.array([one[i] for i in range(len(one))]), ("processes",))
+    apart, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["processes"], []))
+    parts = jax.make_array_from_process_local_data(apart, np.asarray(counts, np.int32)[None])
+    try:
+        return np.array(jax.jit(lambda parts: parts.sum(axis=0), out_shardings=everywhere)(parts))
+    except jax.errors.JaxRuntimeError as error:
+        raise Problem(f"lost another process ({error}): start all again, they continue from there") from error
 
 
 # --- Command line -------------------------------------------------------------------------------
@@ -332,6 +366,10 @@ def parse_args(argv=None):
     add("--momentum", type=float, default=0.9, help="momentum of SGD (default %(default)s)")
     add("--parallel-runs", type=int, help="runs trained together (default 1 per CPU core, 100 per GPU)")
     add("--figure", type=Path, help="the suffix is the format (default OUTPUT_DIR/DATASET-examples.pdf)")
+    add("--distributed", action="store_true", help="one of several processes, which share the runs")
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, where no Slurm, MPI or Kubernetes tells it")
+    add("--num-processes", type=int, metavar="N", help="with --coordinator: how many there are")
+    add("--process-id", type=int, metavar="I", help="with --coordinator: which this is, 0 ... N-1")
     args = parser.parse_args(argv)
     args.figure = args.figure or args.output_dir / f"{args.dataset.replace('/', '-')}-examples.pdf"
     if min(args.runs, args.epochs, args.batch_size, args.parallel_runs or 1) < 1 or args.parallel_runs == 0:
@@ -342,62 +380,93 @@ def parse_args(argv=None):
         parser.error("--learning-rate must be above 0, and --momentum from 0 to below 1")
     if args.figure.suffix not in (".pdf", ".png", ".svg", ".eps", ".jpg"):
         parser.error(f"--figure {args.figure}: use .pdf, .png, .svg, .eps or .jpg")
+    args.distributed |= (args.coordinator, args.num_processes, args.process_id) != (None, None, None)
     return args
 
 
 def estimate(args):
     """The whole job: load, train the runs that the checkpoint lacks, write the results, sum up."""
     start = time.perf_counter()
-    path = args.output_dir / "cscores-checkpoint.npz"
-    for result in path, args.figure:  # before hours of training, find out whether they can be written
-        probe = result.with_name(f".{result.name}-probe")
+    if jax.config.jax_num_cpu_devices < 0:  # unless the user chose a number: one for each core
+        n_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", n_cores)
+    if args.distributed:
+        join_processes(args.coordinator, args.num_processes, args.process_id)
+    process, n_processes = jax.process_index(), jax.process_count()
+    names = ["cscores-checkpoint.npz", *(f"cscores-checkpoint-{i}.npz" for i in range(1, n_processes))]
+    path = args.output_dir / names[process]
+    for folder in args.output_dir, args.figure.parent:  # before hours of training: can it be written to?
+        probe = folder / f".cscores-probe-{process}"
         write(probe, lambda file: None)
         probe.unlink()
-    if jax.config.jax_num_cpu_devices < 0:  # unless the user chose a number: one for each core
-        jax.config.update("jax_num_cpu_devices", os.cpu_count())
     devices = jax.local_devices()
     on_cpu = devices[0].platform == "cpu"
-    print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}")
-    if on_cpu:
-        print('Running on the CPU: JAX sees no GPU (for one from NVIDIA: pip install "jax[cuda13]")')
+    if process == 0:
+        together = f" in {n_processes} processes" if n_processes > 1 else ""
+        print(f"JAX {jax.__version__} on {jax.device_count()} x {devices[0].device_kind}{together}")
+        if on_cpu:
+            print('Running on the CPU: JAX sees no GPU (for one from NVIDIA: pip install "jax[cuda13]")')
 
-    images, labels, original = load(args.dataset, args.data_dir)
+    for turn in range(2):  # process 0 first: tfds cannot prepare a data set twice at the same time
+        if turn == min(process, 1):
+            images, labels, original = load(args.dataset, args.data_dir)
+        sum_over_processes(0)
     n_subset = np.array([round(len(labels) * ratio) for ratio in args.ratios])
     if n_subset.min() == 0 or n_subset.max() == len(labels):
         raise Problem(f"--ratios: one leaves none of {len(labels)} examples to train on or to hold out", 2)
     sgd = {name: vars(args)[name] for name in ("epochs", "batch_size", "learning_rate", "momentum")}
     content = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     settings = dict(dataset=args.dataset, content=content, ratios=list(args.ratios), **sgd)
-    counts = load_checkpoint(path, settings, len(labels))
-    n_heldout, n_correct, n_runs = counts["n_heldout"], counts["n_correct"], counts["n_runs"]
-    if n_runs.max() > args.runs:
-        raise Problem(f"{path} holds {n_runs.max()} runs: give --runs that many or use another --output-dir")
+    mine = int(hashlib.sha256(json.dumps([settings, args.runs]).encode()).hexdigest()[:4], 16)
+    if sum_over_processes(mine) != n_processes * mine:
+        raise Problem("the processes were started with different settings or data")
+    # A process adds to its own checkpoint, and reads its share of those that more processes left behind.
+    left = sorted(
+        each for each in args.output_dir.glob("cscores-checkpoint-[0-9]*.npz") if each.name not in names
+    )
+    checkpoints = [
+        load_checkpoint(each, settings, len(labels), args.runs)
+        for each in (path, *left[process::n_processes])
+    ]
+    counts = checkpoints[0]
+    trained = sum_over_processes(sum(each["trained"] for each in checkpoints))
+    if trained.max() > 1:
+        raise Problem(f"two checkpoints in {args.output_dir} hold the same run: move one of them away")
+    missing = [np.array_split(np.flatnonzero(row == 0), n_processes)[process] for row in trained]
 
     at_once = args.parallel_runs or len(devices) * (1 if on_cpu else 100)
-    width = -(-args.runs // -(-args.runs // at_once))  # of batches of one size
+    share = -(-args.runs // n_processes)
+    width = -(-share // -(-share // at_once))  # of batches of one size
     trainer = Trainer(images, labels, width, devices[:width], **sgd)
     work = args.epochs * n_subset + (len(labels) - n_subset) / 2  # of one run, as run_batch counts it
+    done = trained.sum(axis=1) @ work / n_processes
+    total = done + np.array([len(runs) for runs in missing]) @ work
     try:
-        with tqdm(total=args.runs * work.sum(), initial=n_runs @ work, unit="ex", unit_scale=True) as bar:
+        with tqdm(total=total, initial=done, unit="ex", unit_scale=True, disable=process > 0) as bar:
             for k, ratio in enumerate(args.ratios):
                 bar.set_description(f"ratio {ratio:g}")
-                for first in range(n_runs[k], args.runs, trainer.width):
-                    runs = range(first, min(first + trainer.width, args.runs))
+                for first in range(0, len(missing[k]), trainer.width):
+                    runs = missing[k][first : first + trainer.width]
                     heldout, correct = trainer.run_batch(runs, ratio, bar.update)
-                    n_heldout[k] += heldout.sum(axis=0)
-                    n_correct[k] += correct.sum(axis=0)
-                    n_runs[k] = runs.stop
+                    counts["n_heldout"][k] += heldout.sum(axis=0)
+                    counts["n_correct"][k] += correct.sum(axis=0)
+                    counts["trained"][k, runs] = True
                     write(path, partial(np.savez, settings=json.dumps(settings), **counts))
                     accuracy = correct.sum() / heldout.sum()
                     bar.set_postfix_str(f"held-out accuracy {accuracy:.4f}", refresh=False)
     except KeyboardInterrupt:
-        done = f"{n_runs.sum()} of {args.runs * len(n_runs)} runs are done and in {path}"
+        done = f"{counts['trained'].sum()} of {trained.size} runs are done and in {path}"
         raise KeyboardInterrupt(f"interrupted; {done}: the same command continues from there") from None
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise Problem(f"out of memory: try --parallel-runs {max(1, trainer.width // 2)}") from error
         raise
 
+    n_heldout, n_correct = (
+        sum_over_processes(sum(each[name] for each in checkpoints)) for name in ("n_heldout", "n_correct")
+    )
+    if process > 0:
+        return
     scores, profile = cscores(n_heldout, n_correct)
     order = slice(None) if original is None else np.argsort(original)
     results = dict(scores=scores[order], labels=labels[order], subset_ratios=np.array(args.ratios))
@@ -429,4 +498,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(status)  # at once: sys.exit would first wait minutes for the other processes
+    sys.exit(status)
