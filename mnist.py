@@ -2,7 +2,8 @@
 
     python mnist.py --dataset digits --runs 20 --output-dir digits    # 1,797 digits: all of it, offline
     python mnist.py --runs 3    # MNIST, a first look
-    python mnist.py             # MNIST, the full experiment: 9 ratios x 200 runs
+    python mnist.py             # MNIST, the full experiment: 9 ratios x 200 runs, on all local devices
+    srun python mnist.py --distributed    # the same on several machines; README has other ways
 
 A C-score (Jiang, Zhang, Talwar, Mozer: "Characterizing Structural Regularities of Labeled Data in
 Overparameterized Models", ICML 2021, arXiv 2002.03206) is the expected accuracy of a model on an
@@ -158,17 +159,16 @@ def train_epoch(state, order, n, images, labels, *, batch_size, learning_rate, m
 
 
 def evaluate(params, order, n, images, labels, *, block=500):
-    """Whether the label is predicted of each of the first n entries of `order`: bool [N], the rest False.
+    """Whether the label of each example in `order` is predicted: bool [N], only the first n of them tested.
 
-    The arguments are those of `train_epoch`; `block` examples are tested at a time, to bound memory.
+    The other arguments are those of `train_epoch`; `block` examples are tested at a time, to bound memory.
     """
     padded = jnp.pad(order, (0, -len(order) % block))
 
     def test(i, correct):
         batch = lax.dynamic_slice(padded, (i * block,), (block,))
-        real = i * block + jnp.arange(block) < n
         predicted = predict(params, images[batch]).argmax(axis=-1)
-        return lax.dynamic_update_slice(correct, (predicted == labels[batch]) & real, (i * block,))
+        return lax.dynamic_update_slice(correct, predicted == labels[batch], (i * block,))
 
     correct = lax.fori_loop(0, (n + block - 1) // block, test, jnp.zeros_like(padded, bool))
     return correct[: len(order)]
@@ -229,9 +229,8 @@ class Trainer:
             progress(n * n_runs)
         n_heldout = self.n_examples - n
         correct = np.zeros_like(heldout)
-        correct[heldout] = np.asarray(self.evaluate(state[0], order, n_heldout, *self.data))[
-            :, :n_heldout
-        ].flat
+        tested = np.asarray(self.evaluate(state[0], order, n_heldout, *self.data))
+        correct[heldout] = tested[:, :n_heldout].ravel()
         progress(n_heldout * n_runs / 2)
         return heldout[:n_runs], correct[:n_runs]
 

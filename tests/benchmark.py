@@ -56,7 +56,7 @@ def seconds(function, *args):
     return time.perf_counter() - start
 
 
-def median_seconds(function, *args, repeats=10):
+def median_seconds(function, *args, repeats=5):
     seconds(function, *args)
     return statistics.median(seconds(function, *args) for _ in range(repeats))
 
@@ -98,11 +98,12 @@ def main():
     first = seconds(trainer.run_batch, range(runs), 0.01)
     compilation = first - seconds(trainer.run_batch, range(runs), 0.01)
     sequential(flat, labels, 0, args.ratio)
-    alone, together = [], []
+    alone, together, peak = [], [], []
     for repeat in range(args.repeats):
         alone.append(seconds(sequential, flat, labels, repeat, args.ratio))
         together.append(seconds(trainer.run_batch, range(repeat, repeat + runs), args.ratio) / runs)
-    alone, together = statistics.median(alone), statistics.median(together)
+        peak.append(matmul_peak(devices))
+    alone, together, peak = map(statistics.median, (alone, together, peak))
     heldout, correct = trainer.run_batch(range(runs), args.ratio)
     same = np.mean(correct[0][heldout[0]] == sequential(flat, labels, 0, args.ratio))
 
@@ -110,7 +111,6 @@ def main():
     first_layer, *others = np.multiply((flat.shape[1], 512, 256), (512, 256, labels.max() + 1)).tolist()
     training, testing = 4 * first_layer + 6 * sum(others), 2 * (first_layer + sum(others))
     flop = SGD["epochs"] * n_subset * training + (n - n_subset) * testing
-    peak = matmul_peak(devices)
 
     def projected(per_run):  # the work of a run is proportional to its FLOP
         work = sum(
