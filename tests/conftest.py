@@ -4,4 +4,4 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # several devices on any machine,
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 3)
+jax.config.update("jax_num_cpu_devices", 4)
