@@ -383,6 +383,24 @@ def parse_args(argv=None):
     return args
 
 
+def write_results(args, images, labels, original, n_heldout, n_correct):
+    """Write the scores, the consistency profile and the figure, and print a summary."""
+    scores, profile = cscores(n_heldout, n_correct)
+    order = slice(None) if original is None else np.argsort(original)
+    results = dict(scores=scores[order], labels=labels[order], subset_ratios=np.array(args.ratios))
+    results |= dict(profile=profile[:, order], n_heldout=n_heldout[:, order])
+    ordered = args.output_dir / f"cscores-{'tfds' if original is None else 'orig'}-order.npz"
+    write(args.output_dir / "cscores.npy", partial(np.save, arr=scores))
+    write(ordered, partial(np.savez_compressed, **results))
+    write(args.figure, partial(draw_figure(images, labels, scores).savefig, format=args.figure.suffix[1:]))
+    print("subset ratio      ", *(f"{ratio:<6g}" for ratio in args.ratios))
+    print("held-out accuracy ", *(f"{a:.4f}" for a in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
+    print(f"mean C-score       {np.nanmean(scores):.4f} (--runs {args.runs})")
+    print("written           ", args.output_dir / "cscores.npy", ordered, args.figure)
+    if missing := np.isnan(scores).sum():
+        print(f"warning: {missing} examples, never held out, have no score (NaN): more --runs would fix it")
+
+
 def estimate(args):
     """The whole job: load, train the runs that the checkpoint lacks, write the results, sum up."""
     start = time.perf_counter()
@@ -464,23 +482,9 @@ def estimate(args):
     n_heldout, n_correct = (
         sum_over_processes(sum(each[name] for each in checkpoints)) for name in ("n_heldout", "n_correct")
     )
-    if process > 0:
-        return
-    scores, profile = cscores(n_heldout, n_correct)
-    order = slice(None) if original is None else np.argsort(original)
-    results = dict(scores=scores[order], labels=labels[order], subset_ratios=np.array(args.ratios))
-    results |= dict(profile=profile[:, order], n_heldout=n_heldout[:, order])
-    ordered = args.output_dir / f"cscores-{'tfds' if original is None else 'orig'}-order.npz"
-    write(args.output_dir / "cscores.npy", partial(np.save, arr=scores))
-    write(ordered, partial(np.savez_compressed, **results))
-    write(args.figure, partial(draw_figure(images, labels, scores).savefig, format=args.figure.suffix[1:]))
-    print("subset ratio      ", *(f"{ratio:<6g}" for ratio in args.ratios))
-    print("held-out accuracy ", *(f"{a:.4f}" for a in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
-    print(f"mean C-score       {np.nanmean(scores):.4f} (--runs {args.runs})")
-    print(f"wall time          {time.perf_counter() - start:.0f} s")
-    print("written           ", args.output_dir / "cscores.npy", ordered, args.figure)
-    if missing := np.isnan(scores).sum():
-        print(f"warning: {missing} examples, never held out, have no score (NaN): more --runs would fix it")
+    if process == 0:
+        write_results(args, images, labels, original, n_heldout, n_correct)
+        print(f"wall time          {time.perf_counter() - start:.0f} s")
 
 
 def main(argv=None):
