@@ -383,6 +383,13 @@ def parse_args(argv=None):
     return args
 
 
+def make_cores_devices():
+    """Have JAX see each CPU core that the process may use as a device, unless the user chose a number."""
+    if jax.config.jax_num_cpu_devices < 0:
+        n_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", n_cores)
+
+
 def write_results(args, images, labels, original, n_heldout, n_correct):
     """Write the scores, the consistency profile and the figure, and print a summary."""
     scores, profile = cscores(n_heldout, n_correct)
@@ -404,9 +411,7 @@ def write_results(args, images, labels, original, n_heldout, n_correct):
 def estimate(args):
     """The whole job: load, train the runs that the checkpoint lacks, write the results, sum up."""
     start = time.perf_counter()
-    if jax.config.jax_num_cpu_devices < 0:  # unless the user chose a number: one for each core
-        n_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-        jax.config.update("jax_num_cpu_devices", n_cores)
+    make_cores_devices()
     if args.distributed:
         join_processes(args.coordinator, args.num_processes, args.process_id)
     process, n_processes = jax.process_index(), jax.process_count()

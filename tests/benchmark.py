@@ -8,7 +8,6 @@ jitted step for each batch, gathered on the host, and is compiled before the clo
 """
 
 import argparse
-import os
 import resource
 import statistics
 import sys
@@ -87,7 +86,7 @@ def main():
     parser.add_argument("--full", action="store_true", help="also train 200 runs at each of 9 ratios")
     args = parser.parse_args()
 
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    mnist.make_cores_devices()
     devices = jax.local_devices()
     on_cpu = devices[0].platform == "cpu"
     runs = args.runs or len(devices) * (1 if on_cpu else 100)

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from test_script import SMALL, problem, run, start
+from test_script import SMALL, problem, run, same_results, start
 
 JOB = [*SMALL, "--runs", 12]
 
@@ -28,10 +28,9 @@ def launch(n, *args, by_hand=True):
         common = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", n]
         return [start(*args, *common, "--process-id", i) for i in range(n)]
     job = free_port(range(61440, 65536)) - 61440  # JAX makes the port from the number of the job
-    slurm = dict(SLURM_JOB_ID=job, SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=n)
-    own = [dict(os.environ, **{k: str(v) for k, v in slurm.items()}) for _ in range(n)]
-    ids = [dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(n)]
-    return [start(*args, "--distributed", env=env | more) for env, more in zip(own, ids)]
+    slurm = dict(SLURM_JOB_ID=str(job), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(n))
+    own = [dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(n)]
+    return [start(*args, "--distributed", env=os.environ | slurm | ids) for ids in own]
 
 
 def ends(processes, timeout=120):
@@ -41,8 +40,7 @@ def ends(processes, timeout=120):
 
 
 def same_scores(one, other):
-    names = ("cscores.npy", "cscores-orig-order.npz")
-    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+    return same_results(one, other, names=("cscores.npy", "cscores-orig-order.npz"))
 
 
 def trained(folder, process):
