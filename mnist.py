@@ -1,113 +1,109 @@
 """Estimate the C-score of every MNIST training example.
 
-    python mnist.py --dataset digits --runs 20 --output-dir digits    # 1,797 digits: all of it, offline
-    python mnist.py --runs 3    # MNIST, a first look
-    python mnist.py             # MNIST, the full experiment: 9 ratios x 200 runs, on all local devices
-    srun python mnist.py --distributed    # the same on several machines; README has other ways
+    python mnist.py --dataset digits --runs 20 --batch-size 100 --output-dir digits    # a try, offline
+    python mnist.py --runs 3                              # MNIST, a first look
+    python mnist.py                                       # MNIST, the full experiment: 9 ratios x 200 runs
+    python mnist.py --dataset own.npz --output-dir own    # your own images and labels
+    srun python mnist.py --distributed                    # on several machines; README has other ways
 
 A C-score (Jiang, Zhang, Talwar, Mozer: "Characterizing Structural Regularities of Labeled Data in
-Overparameterized Models", ICML 2021, arXiv 2002.03206) is the expected accuracy of a model on an
-example that was held out of its training set, averaged over training-set sizes.
-
-A run trains one model on a random subset of the examples; the subset ratio is the subset's share.
-Run i is a pure function of i and the ratio, so `vmap` over runs trains many at once. The file reads
-in the order that data flows; the algorithm is the part from `draw_subset` to `cscores`.
+Overparameterized Models", ICML 2021, arXiv 2002.03206) is the expected accuracy of a model on an example
+that was held out of its training set, averaged over training-set sizes. A run trains one model on a
+random subset of the examples, whose share is the subset ratio. It is a pure function of its number and
+that ratio, so `vmap` trains many at once. The algorithm is the part from `draw_batches` to `cscores`.
 """
 
 import argparse
-import contextlib
 import hashlib
-import io
 import json
-import logging
 import os
+import signal
 import sys
-import time
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-MNIST_FILES = "train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"
-
 
 class Problem(Exception):
-    """Problem(message, status=1) ends the job with a line that says what to do; 2 is for wrong usage."""
+    """Ends the job with one line that says what is wrong and what to do."""
 
 
-# --- Load ---------------------------------------------------------------------------------------
 def load(dataset, data_dir=None):
-    """Load the training examples of scikit-learn's `digits` or of a tfds image-classification set.
+    """Load the training examples of an .npz file, of scikit-learn's `digits` or of a tfds data set.
 
-    Returns images uint8 [N, height, width, channels]; labels int32 [N]; and original int64 [N], the
-    index of each example in the data set's original files, or None where that cannot be known. A
-    tfds set is in the order of `tfds.load`, shard after shard if it has several.
+    Returns images uint8 [N, height, width, channels]; labels, integers [N]; and original int64 [N], the
+    index of each example in the data set's original files, or None where that cannot be known.
     Raises Problem if it cannot be had or is not a set of images of one size, each with a label.
     """
-    if dataset == "digits":
-        from sklearn.datasets import load_digits
+    read = load_npz if dataset.endswith(".npz") else load_digits if dataset == "digits" else load_tfds
+    try:
+        images, labels, original = read(dataset, data_dir)
+        suits = images.dtype == np.uint8 and images.ndim in (3, 4) and images.size > 0
+        if not suits or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+            raise ValueError(f"images {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}")
+    except Exception as error:  # NumPy, zipfile, tfds and TensorFlow have one for whatever can be wrong
+        raise Problem(f"cannot use --dataset {dataset} ({str(error)[:200]}): {read.__doc__}") from error
+    return images.reshape(*images.shape[:3], -1), labels, original
 
-        digits = load_digits()  # pixels are 0 ... 16
-        images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-        return images, digits.target.astype(np.int32), np.arange(len(images))
 
+def load_npz(path, _):
+    """An .npz file needs x_train and y_train, or images and labels: uint8 (N, height, width) or
+    (N, height, width, channels), and integers (N,)."""
+    with np.load(path) as file:  # which refuses pickles
+        names = ("x_train", "y_train") if "x_train" in file else ("images", "labels")
+        if not set(names) <= set(file):
+            raise ValueError(f"it has {', '.join(file) or 'nothing'}")
+        images, labels = (file[name] for name in names)
+    return images, labels, np.arange(len(images))
+
+
+def load_digits(*_):
+    """The digits, 8 x 8 pixels, need scikit-learn, which carries them."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()  # pixels are 0 ... 16
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    return images, digits.target.astype(np.int32), np.arange(len(images))
+
+
+def load_tfds(dataset, data_dir):
+    """A tfds data set needs tensorflow-datasets and TensorFlow (Python 3.13 has both), at first a network,
+    and a train split of labeled 8-bit images of one size; FILE.npz and digits do without."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN announces itself at any log level
-    for noisy in ("absl", "tensorflow", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.hashing import Hasher
 
-    try:
-        builder = tfds.builder(dataset, data_dir=data_dir)
-        image, label = builder.info.features["image"], builder.info.features["label"]
-        if None in image.shape or image.np_dtype != np.uint8 or label.shape != ():
-            raise ValueError(f"it has {image} and {label}")
-        builder.download_and_prepare()
-        if builder.info.file_format.value == "array_record":  # as_dataset cannot read it
-            examples = builder.as_data_source(split="train")
-            images, labels = map(np.array, zip(*((e["image"], e["label"]) for e in examples)))
-        else:
-            in_order = tfds.ReadConfig(interleave_cycle_length=1)
-            data = tfds.as_numpy(builder.as_dataset(split="train", batch_size=-1, read_config=in_order))
-            images, labels = data["image"], data["label"]
-    except OSError as error:  # no network (requests' ConnectionError is one), no space, no permission
-        folder = builder.data_path.parents[len(dataset.split("/"))] / "downloads" / "manual"
-        files = " ".join(f"{part}-ubyte.gz" for part in MNIST_FILES)
-        raise Problem(
-            f"cannot prepare {dataset} ({type(error).__name__}: {str(error)[:80]}); without a network, put "
-            f"its files (mnist: {files}) into {folder}, or use --dataset digits, which needs none"
-        ) from error
-    except Exception as error:  # tfds and TensorFlow have one of their own for whatever can be wrong
-        raise Problem(
-            f"cannot use --dataset {dataset} ({str(error).splitlines()[0]}): it takes a tfds data set with a "
-            "train split whose examples have an 8-bit image, all of one size, and a label, or digits",
-            2,
-        ) from error
-    original = None
-    if isinstance(builder, tfds.image_classification.MNIST):
+    data, info = tfds.load(dataset, split="train", batch_size=-1, data_dir=data_dir, with_info=True)
+    images, labels, original = data["image"].numpy(), data["label"].numpy(), None
+    if info.name in ("mnist", "fashion_mnist", "kmnist"):
         # tfds sorts a split by the hash of each example's key, for these sets its index in the files.
         original = np.array(sorted(range(len(labels)), key=Hasher("train").hash_key))
     return images, labels.astype(np.int32), original
 
 
-# --- Draw subsets -------------------------------------------------------------------------------
-def draw_subset(run, n_examples, ratio):
-    """Draw the subset that a run trains on: int64 [n], n = round(n_examples * ratio).
+def draw_batches(run, n_examples, ratio, epochs, batch_size):
+    """Draw a run's subset, n = round(N * ratio) of N examples, and the batches that it trains and tests on.
 
-    Also returns the RandomState that drew it; its next `permutation(n)`s are the run's shuffles.
+    Returns int32 [epochs + 1, ceil(N / B), B], indices of examples: for each epoch the subset, in a new
+    order, and last what is held out. N, which is no example, fills the batches up.
     """
     draws = np.random.RandomState(run)
-    return draws.choice(n_examples, round(n_examples * ratio), replace=False), draws
+    n = round(n_examples * ratio)
+    subset = draws.choice(n_examples, n, replace=False)
+    batches = np.full((epochs + 1, -(-n_examples // batch_size), batch_size), n_examples, np.int32)
+    for epoch in batches[:epochs]:
+        epoch.flat[:n] = subset[draws.permutation(n)]
+    batches[epochs].flat[: n_examples - n] = np.delete(np.arange(n_examples), subset)
+    return batches
 
 
-# --- Train --------------------------------------------------------------------------------------
 def init(run, widths):
     """The state in which a run starts: (params, velocity), the velocity zero and shaped like params.
 
@@ -131,111 +127,51 @@ def predict(params, images):
     return jnp.inner(activations, weights) + biases
 
 
-def loss(params, images, labels, real):
-    """Mean cross-entropy over the examples of the batch that are `real` (bool [B]), not padding."""
+def loss(params, images, labels):
+    """Mean cross-entropy of a batch; a label of -1, which is no class, fills it up and does not count."""
     logits = predict(params, images)
-    targets = jax.nn.one_hot(labels, logits.shape[-1]) * real[:, None]
-    return -jnp.sum(targets * jax.nn.log_softmax(logits)) / jnp.sum(real)
+    targets = jax.nn.one_hot(labels, logits.shape[-1])
+    return -jnp.sum(targets * jax.nn.log_softmax(logits)) / jnp.sum(labels >= 0)
 
 
-def train_epoch(state, order, n, images, labels, *, batch_size, learning_rate, momentum):
-    """One epoch of SGD with momentum over the first n entries of `order`; the last batch may be smaller.
+def train(state, batches, n_batches, images, labels, *, learning_rate, momentum):
+    """SGD with momentum over the first n_batches of each epoch, traced: all ratios share one compilation.
 
-    order: int32 [N], indices into images uint8 [N, pixels] and labels int32 [N]. The number of steps is
-    a traced value, so that all subset ratios share one compilation.
+    batches: from `draw_batches`; images: uint8 [N, pixels]; labels: int32 [N + 1], the last of them -1.
     """
-    order = jnp.pad(order, (0, -len(order) % batch_size))
 
     def step(i, state):
         params, velocity = state
-        batch = lax.dynamic_slice(order, (i * batch_size,), (batch_size,))
-        real = i * batch_size + jnp.arange(batch_size) < n
-        grads = jax.grad(loss)(params, images[batch], labels[batch], real)
+        batch = batches[i // n_batches, i % n_batches]
+        grads = jax.grad(loss)(params, images[batch], labels[batch])
         velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, grads)
         params = jax.tree.map(lambda p, v: p - learning_rate * v, params, velocity)
         return params, velocity
 
-    return lax.fori_loop(0, (n + batch_size - 1) // batch_size, step, state)
+    return jax.lax.fori_loop(0, (len(batches) - 1) * n_batches, step, state)
 
 
-def evaluate(params, order, n, images, labels, *, block=500):
-    """Whether the label of each example in `order` is predicted: bool [N], only the first n of them tested.
+def evaluate(params, batches, n_batches, images, labels):
+    """The examples in the first of the batches and those whose labels are predicted: two bool [N]."""
 
-    The other arguments are those of `train_epoch`; `block` examples are tested at a time, to bound memory.
+    def mark(i, marks):
+        batch = batches[i]
+        correct = predict(params, images[batch]).argmax(axis=-1) == labels[batch]
+        return marks[0].at[batch].set(True), marks[1].at[batch].set(correct)  # N is out of range: ignored
+
+    return jax.lax.fori_loop(0, n_batches, mark, (jnp.zeros(len(images), bool),) * 2)
+
+
+def train_and_test(run, batches, n_train, n_test, images, labels, *, n_classes, **sgd):
+    """One run, from its number to heldout, bool [N], and correct, bool [N]: what its model predicts of that.
+
+    batches: of `draw_batches`; n_train and n_test of them, in an epoch and in the test, are not empty.
     """
-    padded = jnp.pad(order, (0, -len(order) % block))
-
-    def test(i, correct):
-        batch = lax.dynamic_slice(padded, (i * block,), (block,))
-        predicted = predict(params, images[batch]).argmax(axis=-1)
-        return lax.dynamic_update_slice(correct, predicted == labels[batch], (i * block,))
-
-    correct = lax.fori_loop(0, (n + block - 1) // block, test, jnp.zeros_like(padded, bool))
-    return correct[: len(order)]
+    state = init(run, (images.shape[1], 512, 256, n_classes))
+    params, _ = train(state, batches, n_train, images, labels, **sgd)
+    return evaluate(params, batches[-1], n_test, images, labels)
 
 
-class Trainer:
-    """Trains and tests `width` runs in lockstep, split evenly over `devices`.
-
-    images: uint8 [N, ...]; labels: int32 [N]. Each function is compiled once, for all subset ratios.
-    """
-
-    def __init__(self, images, labels, width, devices, *, epochs, batch_size, learning_rate, momentum):
-        mesh = Mesh(np.array(devices), ("runs",))
-        split, copied = PartitionSpec("runs"), PartitionSpec()
-
-        def over_runs(function, *specs):
-            many = jax.vmap(function, in_axes=[0 if spec == split else None for spec in specs])
-            return jax.jit(jax.shard_map(many, mesh=mesh, in_specs=specs, out_specs=split))
-
-        images = images.reshape(len(images), -1)
-        widths = (images.shape[1], 512, 256, int(labels.max()) + 1)
-        sgd = dict(batch_size=batch_size, learning_rate=learning_rate, momentum=momentum)
-        self.init = over_runs(partial(init, widths=widths), split)
-        self.train_epoch = over_runs(partial(train_epoch, **sgd), split, split, copied, copied, copied)
-        self.evaluate = over_runs(evaluate, split, split, copied, copied, copied)
-        self.data = jax.device_put((images, labels), NamedSharding(mesh, copied))
-        self.by_run = NamedSharding(mesh, split)
-        self.width = -(-width // len(devices)) * len(devices)
-        self.n_examples, self.epochs = len(labels), epochs
-
-    def run_batch(self, runs, ratio, progress=lambda work: None):
-        """Train the given runs (at most `width`) at a subset ratio and test what they held out.
-
-        Returns heldout, bool [runs, N]: the examples outside each run's subset; and correct, bool
-        [runs, N]: those of them whose label the trained model predicts. `progress` is called with the
-        work just done, in examples trained on; testing an example counts as half of one.
-        """
-        n_runs, n_spare = len(runs), self.width - len(runs)
-        runs = np.pad(runs, (0, n_spare), mode="edge")  # a short batch repeats its last run
-        subsets, draws = zip(*(draw_subset(run, self.n_examples, ratio) for run in runs))
-        n = len(subsets[0])
-        heldout = np.ones((self.width, self.n_examples), bool)
-        np.put_along_axis(heldout, np.array(subsets), False, axis=1)
-
-        def on_devices(orders):
-            padded = [np.pad(order, (0, self.n_examples - len(order))) for order in orders]
-            return jax.device_put(np.array(padded, np.int32), self.by_run)
-
-        def shuffle():
-            return on_devices([subset[draw.permutation(n)] for subset, draw in zip(subsets, draws)])
-
-        state, order = self.init(runs), shuffle()
-        for epoch in range(1, self.epochs + 1):
-            state = self.train_epoch(state, order, n, *self.data)
-            # The devices train meanwhile: the call above does not wait for them.
-            order = shuffle() if epoch < self.epochs else on_devices(map(np.flatnonzero, heldout))
-            jax.block_until_ready(state)
-            progress(n * n_runs)
-        n_heldout = self.n_examples - n
-        correct = np.zeros_like(heldout)
-        tested = np.asarray(self.evaluate(state[0], order, n_heldout, *self.data))
-        correct[heldout] = tested[:, :n_heldout].ravel()
-        progress(n_heldout * n_runs / 2)
-        return heldout[:n_runs], correct[:n_runs]
-
-
-# --- Scores -------------------------------------------------------------------------------------
 def cscores(n_heldout, n_correct):
     """C-scores float64 [N] and consistency profile float64 [K, N] from counts of runs, int [K, N].
 
@@ -247,267 +183,219 @@ def cscores(n_heldout, n_correct):
         return np.nansum(profile, axis=0) / np.sum(n_heldout > 0, axis=0), profile
 
 
-# --- Figure -------------------------------------------------------------------------------------
-def draw_figure(images, labels, scores, columns=10):
-    """One row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
+def make_trainer(images, labels, devices, *, epochs, batch_size, **sgd):
+    """The function run_batch(runs, ratio), for images uint8 [N, ...] and labels, integers [N].
 
-    images: uint8 [N, height, width, channels]. Returns a matplotlib Figure; NaN scores are not shown.
+    It starts to train and test the runs, int [R], in lockstep, split evenly over the devices, and returns
+    heldout and correct of `train_and_test`, bool [R, N] each, still being computed. The devices may be those
+    of several processes, which all have to make the same calls.
     """
-    from matplotlib.figure import Figure
+    mesh = Mesh(np.array(devices), ("runs",))
+    by_run, copied = NamedSharding(mesh, PartitionSpec("runs")), NamedSharding(mesh, PartitionSpec())
+    classes, labels = np.unique(labels, return_inverse=True)
+    data = images.reshape(len(images), -1), np.append(labels, -1).astype(np.int32)
+    data = [jax.make_array_from_process_local_data(copied, array) for array in data]
+    one = partial(train_and_test, n_classes=len(classes), **sgd)
+    many = jax.vmap(one, in_axes=(0, 0, None, None, None, None))
+    many = jax.jit(many, out_shardings=by_run if jax.process_count() == 1 else copied)
 
-    height, width, channels = images.shape[1:]
-    classes = np.unique(labels)
-    cells = np.full((len(classes), 2 * columns + 1, height + 2, width + 2, channels), 255, np.uint8)
+    def run_batch(runs, ratio):
+        own = by_run.addressable_devices_indices_map(runs.shape).values()  # where this process's runs stand
+        settings = len(images), ratio, epochs, batch_size
+        batches = np.array([draw_batches(run, *settings) for index in own for run in runs[index]])
+        batches = jax.make_array_from_process_local_data(by_run, batches)
+        n = round(len(images) * ratio)
+        return many(runs, batches, -(-n // batch_size), -(-(len(images) - n) // batch_size), *data)
+
+    return run_batch
+
+
+def draw_figure(images, labels, scores, columns=10):
+    """A row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
+
+    images: uint8 [N, height, width, channels]. Returns the picture, uint8 [..., 3]; NaN scores are not shown.
+    """
+    (height, width, channels), classes = images.shape[1:], np.unique(labels)
+    rgb = [0, 1, 2] if channels > 2 else [0, 0, 0]
+    cells = np.full((len(classes), 2 * columns + 1, height + 2, width + 2, 3), 255, np.uint8)
     for row, label in zip(cells, classes):
         members = np.flatnonzero((labels == label) & ~np.isnan(scores))
         for start, sign in (0, -1), (columns + 1, 1):
             best = members[np.argsort(sign * scores[members], kind="stable")][:columns]
-            row[start : start + len(best), 1:-1, 1:-1] = images[best]
-    sheet = cells.transpose(0, 2, 1, 3, 4).reshape(len(classes) * (height + 2), -1, channels)
-    figure = Figure(figsize=(10, 10 * sheet.shape[0] / sheet.shape[1]), dpi=200)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.imshow(sheet.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    return figure
+            row[start : start + len(best), 1:-1, 1:-1] = images[best][..., rgb]
+    return cells.transpose(0, 2, 1, 3, 4).reshape(len(classes) * (height + 2), -1, 3)
 
 
-# --- Files --------------------------------------------------------------------------------------
 def write(path, save):
     """Write what `save(file)` makes to `path`; whoever reads it sees the old file or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    content = io.BytesIO()
-    save(content)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
+            save(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise Problem(f"cannot write {path} ({error.strerror}): make room or use another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path, settings, n_examples, n_runs):
-    """The counts in a checkpoint, or zeros: n_heldout, n_correct int32 [K, N]; trained bool [K, n_runs].
+def load_counts(path, settings, shape):
+    """The counts in a checkpoint, which process 0 reads, or zeros: held out and correct, int32 [2, K, N].
 
     Raises Problem if `path` cannot be read or was made with other settings. It is left alone.
     """
-    if not path.exists():
-        n_heldout, n_correct = np.zeros((2, len(settings["ratios"]), n_examples), np.int32)
-        trained = np.zeros((len(n_heldout), n_runs), bool)
-        return dict(n_heldout=n_heldout, n_correct=n_correct, trained=trained)
+    if jax.process_index() > 0 or not path.exists():
+        return np.zeros(shape, np.int32)
     try:
         with np.load(path) as file:
-            old = json.loads(str(file["settings"]))
-            counts = {name: file[name] for name in ("n_heldout", "n_correct", "trained")}
-        differ = [f"{name} {old[name]}, not {new}" for name, new in settings.items() if old[name] != new]
+            old, new = json.loads(str(file["settings"])), json.loads(settings)
+            differ = [f"{name} {old[name]}, not {new[name]}" for name in new if old[name] != new[name]]
+            if differ:
+                raise ValueError(f"made with {'; '.join(differ)}")
+            return np.stack([file["n_heldout"], file["n_correct"]])
     except Exception as error:  # a damaged file can make numpy, zipfile and json raise almost anything
-        raise Problem(f"cannot read {path} ({error}): move it away or use another --output-dir") from error
-    if differ:
-        raise Problem(f"{path} was made with {'; '.join(differ)}: use its settings or another --output-dir")
-    of_runs = 1 + np.flatnonzero(counts["trained"].any(axis=0)).max(initial=-1)
-    if of_runs > n_runs:
-        raise Problem(f"{path} is of {of_runs} runs: give --runs that many or use another --output-dir")
-    counts["trained"] = np.pad(counts["trained"], ((0, 0), (0, n_runs)))[:, :n_runs]
-    return counts
+        raise Problem(f"cannot go on from {path} ({error}): use another --output-dir") from error
 
 
-# --- Several processes --------------------------------------------------------------------------
-def join_processes(coordinator, num_processes, process_id):
-    """Join the other processes of the job; JAX finds out what is None from Slurm, Open MPI or Kubernetes.
-
-    Raises Problem if it cannot. When a process dies, the others end within half a minute.
-    """
-    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from ending a process
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=30)
-    except Exception as error:  # one of many kinds, as each environment is read by code of its own
-        hint = "unless Slurm or the like tells, give --coordinator HOST:PORT --num-processes N --process-id I"
-        raise Problem(f"--distributed: {error} ({hint})", 2) from error
-
-
-def sum_over_processes(counts):
-    """The sum, int32, of an int array over all processes; each of them has to call this.
-
-    Raises Problem if one has died.
-    """
-    one = {device.process_index: device for device in jax.devices()}
-    mesh = Mesh(np.array([one[i] for i in range(len(one))]), ("processes",))
-    apart, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["processes"], []))
-    parts = jax.make_array_from_process_local_data(apart, np.asarray(counts, np.int32)[None])
-    try:
-        return np.array(jax.jit(lambda parts: parts.sum(axis=0), out_shardings=everywhere)(parts))
-    except jax.errors.JaxRuntimeError as error:
-        raise Problem(f"lost another process ({error}): start all again, they continue from there") from error
+def start_devices(args):
+    """Join the other processes, if any, and say what the job runs on; returns the devices of all of them."""
+    if jax.config.jax_num_cpu_devices < 0:  # the user has not chosen: each core becomes a device
+        n_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", min(n_cores, args.runs))
+    if args.distributed is not None:
+        jax.config.update("jax_enable_preemption_service", False)  # it keeps SIGTERM from ending a process
+        try:
+            address, n, i = args.distributed or (None, None, None)
+            jax.distributed.initialize(address, n and int(n), i and int(i), heartbeat_timeout_seconds=30)
+        except Exception as error:  # one of many kinds, as each environment is read by code of its own
+            raise Problem(f"--distributed: {error} (without Slurm or the like, add HOST:PORT N I)") from error
+    devices = jax.devices()
+    if jax.process_index() == 0:
+        print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", flush=True)
+        if devices[0].platform == "cpu":
+            print('Running on the CPU: JAX sees no GPU (for one from NVIDIA: pip install "jax[cuda13]")')
+    return devices
 
 
-# --- Command line -------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse's own prints the usage as well
-        raise Problem(f"{message}; see --help", 2)
+def share(values):
+    """The ints that each process gives, a row for each of its devices; waits until all have called it."""
+    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    rows = np.tile(np.array(values, np.int32), (jax.local_device_count(), 1))
+    rows = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("devices")), rows)
+    return np.asarray(jax.jit(lambda rows: rows, out_shardings=NamedSharding(mesh, PartitionSpec()))(rows))
 
 
 def parse_args(argv=None):
-    """The settings as attributes; raises Problem for those that suit no data set."""
-    parser = Parser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    """The settings as attributes; exits with one line for those that suit no data set."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], usage=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--dataset", default="mnist", help="a tfds image set, or digits: small, offline (default mnist)")
+    add("--dataset", default="mnist", help="FILE.npz, digits (offline) or a tfds set (default %(default)s)")
     add("--data-dir", help="of tfds (default $TFDS_DATA_DIR, or else ~/tensorflow_datasets)")
     add("--output-dir", type=Path, default=".", help="created if missing (default %(default)s)")
-    add("--ratios", type=float, nargs="+", default=RATIOS, help="subset ratios (default 0.1 0.2 ... 0.9)")
+    add("--ratios", type=float, nargs="+", default=[k / 10 for k in range(1, 10)], help="default 0.1 ... 0.9")
     add("--runs", type=int, default=200, help="models at each ratio; may grow later (default %(default)s)")
     add("--epochs", type=int, default=10, help="passes over the subset (default %(default)s)")
     add("--batch-size", type=int, default=128, help="examples in a step of SGD (default %(default)s)")
     add("--learning-rate", type=float, default=0.1, help="step size of SGD (default %(default)s)")
     add("--momentum", type=float, default=0.9, help="momentum of SGD (default %(default)s)")
-    add("--parallel-runs", type=int, help="runs trained together (default 1 per CPU core, 100 per GPU)")
-    add("--figure", type=Path, help="the suffix is the format (default OUTPUT_DIR/DATASET-examples.pdf)")
-    add("--distributed", action="store_true", help="one of several processes, which share the runs")
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, where no Slurm, MPI or Kubernetes tells it")
-    add("--num-processes", type=int, metavar="N", help="with --coordinator: how many there are")
-    add("--process-id", type=int, metavar="I", help="with --coordinator: which this is, 0 ... N-1")
+    add("--parallel-runs", type=int, help="of the job, together (default 1 per CPU core, 100 per GPU)")
+    add("--distributed", nargs="*", metavar="HOST:PORT N I", help="one of several processes")
     args = parser.parse_args(argv)
-    args.figure = args.figure or args.output_dir / f"{args.dataset.replace('/', '-')}-examples.pdf"
+    args.sgd = {name: vars(args)[name] for name in ("epochs", "batch_size", "learning_rate", "momentum")}
     if min(args.runs, args.epochs, args.batch_size, args.parallel_runs or 1) < 1 or args.parallel_runs == 0:
         parser.error("--runs, --epochs, --batch-size and --parallel-runs must be at least 1")
-    if not all(0 < ratio < 1 for ratio in args.ratios) or len(set(args.ratios)) < len(args.ratios):
-        parser.error("--ratios must lie between 0 and 1, each given once")
     if not 0 < args.learning_rate < np.inf or not 0 <= args.momentum < 1:
         parser.error("--learning-rate must be above 0, and --momentum from 0 to below 1")
-    if args.figure.suffix not in (".pdf", ".png", ".svg", ".eps", ".jpg"):
-        parser.error(f"--figure {args.figure}: use .pdf, .png, .svg, .eps or .jpg")
-    args.distributed |= (args.coordinator, args.num_processes, args.process_id) != (None, None, None)
     return args
 
 
-def make_cores_devices():
-    """Have JAX see each CPU core that the process may use as a device, unless the user chose a number."""
-    if jax.config.jax_num_cpu_devices < 0:
-        n_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-        jax.config.update("jax_num_cpu_devices", n_cores)
+def load_together(args):
+    """`load`, in every process, and what the counts depend on. Raises Problem if the processes disagree."""
+    for turn in range(2):  # process 0 first: tfds cannot prepare a data set twice at the same time
+        if turn == min(jax.process_index(), 1):
+            images, labels, original = load(args.dataset, args.data_dir)
+        share([turn])
+    content = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    settings = json.dumps(dict(dataset=args.dataset, content=content, ratios=args.ratios, **args.sgd))
+    mine = hashlib.sha256(f"{settings} {args.runs} {args.parallel_runs}".encode()).digest()
+    if np.ptp(share(list(mine)), axis=0).any():
+        raise Problem("the processes were started with different settings or data")
+    return images, labels, original, settings
 
 
-def write_results(args, images, labels, original, n_heldout, n_correct):
+def train_missing(run_batch, counts, args, path, settings):
+    """Train the runs that the counts lack, in ascending order; process 0 writes the checkpoint each time."""
+    n_examples, n_devices = counts.shape[-1], jax.device_count()
+    n_subset = np.rint(n_examples * np.array(args.ratios))
+    if not all((n_subset > 0) & (n_subset < n_examples)) or len(set(args.ratios)) < len(args.ratios):
+        raise Problem(f"--ratios: each must split {n_examples} examples in two, and be given once")
+    done = share(counts[0].sum(axis=1) // (n_examples - n_subset))[0]
+    if done.max() > args.runs:
+        raise Problem(f"{done.max()} runs are done: give --runs that many or use another --output-dir")
+    at_once = args.parallel_runs or n_devices * (1 if jax.default_backend() == "cpu" else 100)
+    width = -(-min(at_once, args.runs) // n_devices) * n_devices
+    started = (  # the last batch is filled up with its last run
+        (k, ratio, first, run_batch(np.minimum(np.arange(first, first + width), args.runs - 1), ratio))
+        for k, ratio in enumerate(args.ratios)
+        for first in range(done[k], args.runs, width)
+    )
+    work = args.sgd["epochs"] * n_subset + (n_examples - n_subset) / 2  # to test an example is half the work
+    quiet, total = jax.process_index() > 0, args.runs * work.sum()
+    with tqdm(total=total, initial=done @ work, unit="ex", unit_scale=True, disable=quiet) as bar:
+        # A batch is counted when the next has been started, so that no device waits for the host.
+        for (k, ratio, first, results), _ in pairwise(chain(started, [None])):
+            heldout, correct = (np.asarray(each)[: args.runs - first] for each in results)
+            counts[:, k] += [heldout.sum(axis=0), correct.sum(axis=0)]
+            if jax.process_index() == 0:
+                write(path, partial(np.savez, settings=settings, n_heldout=counts[0], n_correct=counts[1]))
+            accuracy = correct.sum() / heldout.sum()
+            bar.set_description(f"ratio {ratio:g}, held-out accuracy {accuracy:.4f}", refresh=False)
+            bar.update(len(heldout) * work[k])
+
+
+def write_results(args, images, labels, original, counts):
     """Write the scores, the consistency profile and the figure, and print a summary."""
-    scores, profile = cscores(n_heldout, n_correct)
+    from matplotlib.image import imsave
+
+    scores, profile = cscores(*counts)
     order = slice(None) if original is None else np.argsort(original)
-    results = dict(scores=scores[order], labels=labels[order], subset_ratios=np.array(args.ratios))
-    results |= dict(profile=profile[:, order], n_heldout=n_heldout[:, order])
-    ordered = args.output_dir / f"cscores-{'tfds' if original is None else 'orig'}-order.npz"
-    write(args.output_dir / "cscores.npy", partial(np.save, arr=scores))
-    write(ordered, partial(np.savez_compressed, **results))
-    write(args.figure, partial(draw_figure(images, labels, scores).savefig, format=args.figure.suffix[1:]))
+    results = dict(scores=scores, labels=labels, profile=profile, n_heldout=counts[0])
+    results = {name: array[..., order] for name, array in results.items()}
+    kind, name = "tfds" if original is None else "orig", Path(args.dataset).name.removesuffix(".npz")
+    names = "cscores.npy", f"cscores-{kind}-order.npz", f"{name}-examples.pdf"
+    plain, ordered, figure = (args.output_dir / name for name in names)
+    write(plain, partial(np.save, arr=scores))
+    write(ordered, partial(np.savez_compressed, **results, subset_ratios=np.array(args.ratios)))
+    write(figure, partial(imsave, arr=draw_figure(images, labels, scores), format="pdf"))
     print("subset ratio      ", *(f"{ratio:<6g}" for ratio in args.ratios))
-    print("held-out accuracy ", *(f"{a:.4f}" for a in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
+    print("held-out accuracy ", *(f"{a:.4f}" for a in counts[1].sum(axis=1) / counts[0].sum(axis=1)))
     print(f"mean C-score       {np.nanmean(scores):.4f} (--runs {args.runs})")
-    print("written           ", args.output_dir / "cscores.npy", ordered, args.figure)
+    print("written           ", plain, ordered, figure)
     if missing := np.isnan(scores).sum():
         print(f"warning: {missing} examples, never held out, have no score (NaN): more --runs would fix it")
 
 
-def estimate(args):
-    """The whole job: load, train the runs that the checkpoint lacks, write the results, sum up."""
-    start = time.perf_counter()
-    make_cores_devices()
-    if args.distributed:
-        join_processes(args.coordinator, args.num_processes, args.process_id)
-    process, n_processes = jax.process_index(), jax.process_count()
-    names = ["cscores-checkpoint.npz", *(f"cscores-checkpoint-{i}.npz" for i in range(1, n_processes))]
-    path = args.output_dir / names[process]
-    for folder in args.output_dir, args.figure.parent:  # before hours of training: can it be written to?
-        probe = folder / f".cscores-probe-{process}"
-        write(probe, lambda file: None)
-        probe.unlink()
-    devices = jax.local_devices()
-    on_cpu = devices[0].platform == "cpu"
-    if process == 0:
-        together = f" in {n_processes} processes" if n_processes > 1 else ""
-        print(f"JAX {jax.__version__} on {jax.device_count()} x {devices[0].device_kind}{together}")
-        if on_cpu:
-            print('Running on the CPU: JAX sees no GPU (for one from NVIDIA: pip install "jax[cuda13]")')
-
-    for turn in range(2):  # process 0 first: tfds cannot prepare a data set twice at the same time
-        if turn == min(process, 1):
-            images, labels, original = load(args.dataset, args.data_dir)
-        sum_over_processes(0)
-    n_subset = np.array([round(len(labels) * ratio) for ratio in args.ratios])
-    if n_subset.min() == 0 or n_subset.max() == len(labels):
-        raise Problem(f"--ratios: one leaves none of {len(labels)} examples to train on or to hold out", 2)
-    sgd = {name: vars(args)[name] for name in ("epochs", "batch_size", "learning_rate", "momentum")}
-    content = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    settings = dict(dataset=args.dataset, content=content, ratios=list(args.ratios), **sgd)
-    mine = int(hashlib.sha256(json.dumps([settings, args.runs]).encode()).hexdigest()[:4], 16)
-    if sum_over_processes(mine) != n_processes * mine:
-        raise Problem("the processes were started with different settings or data")
-    # A process adds to its own checkpoint, and reads its share of those that more processes left behind.
-    left = sorted(
-        each for each in args.output_dir.glob("cscores-checkpoint-[0-9]*.npz") if each.name not in names
-    )
-    checkpoints = [
-        load_checkpoint(each, settings, len(labels), args.runs)
-        for each in (path, *left[process::n_processes])
-    ]
-    counts = checkpoints[0]
-    trained = sum_over_processes(sum(each["trained"] for each in checkpoints))
-    if trained.max() > 1:
-        raise Problem(f"two checkpoints in {args.output_dir} hold the same run: move one of them away")
-    missing = [np.array_split(np.flatnonzero(row == 0), n_processes)[process] for row in trained]
-
-    at_once = args.parallel_runs or len(devices) * (1 if on_cpu else 100)
-    share = -(-args.runs // n_processes)
-    width = -(-share // -(-share // at_once))  # of batches of one size
-    trainer = Trainer(images, labels, width, devices[:width], **sgd)
-    work = args.epochs * n_subset + (len(labels) - n_subset) / 2  # of one run, as run_batch counts it
-    done = trained.sum(axis=1) @ work / n_processes
-    total = done + np.array([len(runs) for runs in missing]) @ work
-    try:
-        with tqdm(total=total, initial=done, unit="ex", unit_scale=True, disable=process > 0) as bar:
-            for k, ratio in enumerate(args.ratios):
-                bar.set_description(f"ratio {ratio:g}")
-                for first in range(0, len(missing[k]), trainer.width):
-                    runs = missing[k][first : first + trainer.width]
-                    heldout, correct = trainer.run_batch(runs, ratio, bar.update)
-                    counts["n_heldout"][k] += heldout.sum(axis=0)
-                    counts["n_correct"][k] += correct.sum(axis=0)
-                    counts["trained"][k, runs] = True
-                    write(path, partial(np.savez, settings=json.dumps(settings), **counts))
-                    accuracy = correct.sum() / heldout.sum()
-                    bar.set_postfix_str(f"held-out accuracy {accuracy:.4f}", refresh=False)
-    except KeyboardInterrupt:
-        done = f"{counts['trained'].sum()} of {trained.size} runs are done and in {path}"
-        raise KeyboardInterrupt(f"interrupted; {done}: the same command continues from there") from None
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise Problem(f"out of memory: try --parallel-runs {max(1, trainer.width // 2)}") from error
-        raise
-
-    n_heldout, n_correct = (
-        sum_over_processes(sum(each[name] for each in checkpoints)) for name in ("n_heldout", "n_correct")
-    )
-    if process == 0:
-        write_results(args, images, labels, original, n_heldout, n_correct)
-        print(f"wall time          {time.perf_counter() - start:.0f} s")
-
-
 def main(argv=None):
-    """Run the command line; returns the exit status."""
-    try:
-        estimate(parse_args(argv))
-        return 0
-    except Problem as problem:
-        message, status = (*problem.args, 1)[:2]
-    except KeyboardInterrupt as stop:
-        message, status = str(stop) or "interrupted: the same command goes on where this one was", 130
-    print("mnist.py:", " ".join(message.split()), file=sys.stderr)
-    return status
+    """The whole job: devices, data, checkpoint, the runs that it lacks, results."""
+    args = parse_args(argv)
+    devices = start_devices(args)
+    images, labels, original, settings = load_together(args)
+    path = args.output_dir / "cscores-checkpoint.npz"
+    counts = load_counts(path, settings, (2, len(args.ratios), len(labels)))
+    run_batch = make_trainer(images, labels, devices, **args.sgd)
+    train_missing(run_batch, counts, args, path, settings)
+    if jax.process_index() == 0:
+        write_results(args, images, labels, original, counts)
 
 
 if __name__ == "__main__":
-    status = main()
-    if status and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(status)  # at once: sys.exit would first wait minutes for the other processes
-    sys.exit(status)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would put Ctrl-C off until the devices are done
+    try:
+        sys.exit(main())
+    except (Problem, OSError) as error:
+        message = str(error)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        message = f"{error} (if memory ran out, try a smaller --parallel-runs)"
+    print("mnist.py:", " ".join(message.split()), file=sys.stderr)
+    os._exit(1)  # sys.exit would wait for minutes, for the other processes
