@@ -16,6 +16,7 @@ that ratio, so `vmap` trains many at once. The algorithm is the part from `draw_
 import argparse
 import hashlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -53,8 +54,7 @@ def load(dataset, data_dir=None):
 
 
 def load_npz(path, _):
-    """An .npz file needs x_train and y_train, or images and labels: uint8 (N, height, width) or
-    (N, height, width, channels), and integers (N,)."""
+    """It needs x_train, y_train or images, labels: uint8 (N, height, width[, channels]) and integers (N,)."""
     with np.load(path) as file:  # which refuses pickles
         names = ("x_train", "y_train") if "x_train" in file else ("images", "labels")
         if not set(names) <= set(file):
@@ -64,7 +64,7 @@ def load_npz(path, _):
 
 
 def load_digits(*_):
-    """The digits, 8 x 8 pixels, need scikit-learn, which carries them."""
+    """It needs scikit-learn, which carries the 1,797 digits."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()  # pixels are 0 ... 16
@@ -73,19 +73,21 @@ def load_digits(*_):
 
 
 def load_tfds(dataset, data_dir):
-    """A tfds data set needs tensorflow-datasets and TensorFlow (Python 3.13 has both), at first a network,
-    and a train split of labeled 8-bit images of one size; FILE.npz and digits do without."""
+    """It needs tensorflow-datasets and TensorFlow (Python 3.13 has both), a network the first time, and a
+    train split of labeled 8-bit images of one size; --dataset FILE.npz and --dataset digits do not."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN announces itself at any log level
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # without a network it tells of each of 40 retries
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.hashing import Hasher
 
-    data, info = tfds.load(dataset, split="train", batch_size=-1, data_dir=data_dir, with_info=True)
-    images, labels, original = data["image"].numpy(), data["label"].numpy(), None
+    data, info = tfds.load(dataset, split="train", as_supervised=True, data_dir=data_dir, with_info=True)
+    images, labels = next(iter(tfds.as_numpy(data.batch(len(data)))))
+    original = None
     if info.name in ("mnist", "fashion_mnist", "kmnist"):
         # tfds sorts a split by the hash of each example's key, for these sets its index in the files.
         original = np.array(sorted(range(len(labels)), key=Hasher("train").hash_key))
-    return images, labels.astype(np.int32), original
+    return images, labels.astype(np.int32, casting="same_kind"), original
 
 
 def draw_batches(run, n_examples, ratio, epochs, batch_size):
@@ -105,10 +107,7 @@ def draw_batches(run, n_examples, ratio, epochs, batch_size):
 
 
 def init(run, widths):
-    """The state in which a run starts: (params, velocity), the velocity zero and shaped like params.
-
-    params: a list of (weights float32 [out, in], biases float32 [out]), one for each layer.
-    """
+    """A new run's params, a list of (weights float32 [out, in], biases float32 [out]), and velocity, zero."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
     params = [
@@ -186,9 +185,8 @@ def cscores(n_heldout, n_correct):
 def make_trainer(images, labels, devices, *, epochs, batch_size, **sgd):
     """The function run_batch(runs, ratio), for images uint8 [N, ...] and labels, integers [N].
 
-    It starts to train and test the runs, int [R], in lockstep, split evenly over the devices, and returns
-    heldout and correct of `train_and_test`, bool [R, N] each, still being computed. The devices may be those
-    of several processes, which all have to make the same calls.
+    It starts to train and test runs, int [R], in lockstep, spread over the devices, which all processes have
+    to do alike; it returns heldout and correct of `train_and_test`, bool [R, N] each, yet to be computed.
     """
     mesh = Mesh(np.array(devices), ("runs",))
     by_run, copied = NamedSharding(mesh, PartitionSpec("runs")), NamedSharding(mesh, PartitionSpec())
@@ -251,6 +249,8 @@ def load_counts(path, settings, shape):
         with np.load(path) as file:
             old, new = json.loads(str(file["settings"])), json.loads(settings)
             differ = [f"{name} {old[name]}, not {new[name]}" for name in new if old[name] != new[name]]
+            if "trained" in file and (np.diff(file["trained"].astype(int)) > 0).any():  # an earlier version's
+                differ.append("runs out of order")
             if differ:
                 raise ValueError(f"made with {'; '.join(differ)}")
             return np.stack([file["n_heldout"], file["n_correct"]])
@@ -293,14 +293,14 @@ def parse_args(argv=None):
     add("--dataset", default="mnist", help="FILE.npz, digits (offline) or a tfds set (default %(default)s)")
     add("--data-dir", help="of tfds (default $TFDS_DATA_DIR, or else ~/tensorflow_datasets)")
     add("--output-dir", type=Path, default=".", help="created if missing (default %(default)s)")
-    add("--ratios", type=float, nargs="+", default=[k / 10 for k in range(1, 10)], help="default 0.1 ... 0.9")
+    add("--ratios", type=float, nargs="+", default=np.arange(1, 10) / 10, help="default 0.1 0.2 ... 0.9")
     add("--runs", type=int, default=200, help="models at each ratio; may grow later (default %(default)s)")
     add("--epochs", type=int, default=10, help="passes over the subset (default %(default)s)")
     add("--batch-size", type=int, default=128, help="examples in a step of SGD (default %(default)s)")
     add("--learning-rate", type=float, default=0.1, help="step size of SGD (default %(default)s)")
     add("--momentum", type=float, default=0.9, help="momentum of SGD (default %(default)s)")
-    add("--parallel-runs", type=int, help="of the job, together (default 1 per CPU core, 100 per GPU)")
-    add("--distributed", nargs="*", metavar="HOST:PORT N I", help="one of several processes")
+    add("--parallel-runs", type=int, help="in the whole job (default 1 per CPU core, 100 per GPU)")
+    add("--distributed", nargs="*", metavar="HOST:PORT N I", help="process I of N; Slurm would tell")
     args = parser.parse_args(argv)
     args.sgd = {name: vars(args)[name] for name in ("epochs", "batch_size", "learning_rate", "momentum")}
     if min(args.runs, args.epochs, args.batch_size, args.parallel_runs or 1) < 1 or args.parallel_runs == 0:
@@ -317,7 +317,7 @@ def load_together(args):
             images, labels, original = load(args.dataset, args.data_dir)
         share([turn])
     content = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    settings = json.dumps(dict(dataset=args.dataset, content=content, ratios=args.ratios, **args.sgd))
+    settings = json.dumps(dict(dataset=args.dataset, content=content, ratios=list(args.ratios), **args.sgd))
     mine = hashlib.sha256(f"{settings} {args.runs} {args.parallel_runs}".encode()).digest()
     if np.ptp(share(list(mine)), axis=0).any():
         raise Problem("the processes were started with different settings or data")
@@ -329,7 +329,7 @@ def train_missing(run_batch, counts, args, path, settings):
     n_examples, n_devices = counts.shape[-1], jax.device_count()
     n_subset = np.rint(n_examples * np.array(args.ratios))
     if not all((n_subset > 0) & (n_subset < n_examples)) or len(set(args.ratios)) < len(args.ratios):
-        raise Problem(f"--ratios: each must split {n_examples} examples in two, and be given once")
+        raise Problem(f"--ratios: each, once, must leave some of {n_examples} examples in and some out")
     done = share(counts[0].sum(axis=1) // (n_examples - n_subset))[0]
     if done.max() > args.runs:
         raise Problem(f"{done.max()} runs are done: give --runs that many or use another --output-dir")
@@ -359,11 +359,10 @@ def write_results(args, images, labels, original, counts):
     from matplotlib.image import imsave
 
     scores, profile = cscores(*counts)
-    order = slice(None) if original is None else np.argsort(original)
+    kind, order = ("tfds", slice(None)) if original is None else ("orig", np.argsort(original))
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=counts[0])
     results = {name: array[..., order] for name, array in results.items()}
-    kind, name = "tfds" if original is None else "orig", Path(args.dataset).name.removesuffix(".npz")
-    names = "cscores.npy", f"cscores-{kind}-order.npz", f"{name}-examples.pdf"
+    names = "cscores.npy", f"cscores-{kind}-order.npz", f"{Path(args.dataset).stem}-examples.pdf"
     plain, ordered, figure = (args.output_dir / name for name in names)
     write(plain, partial(np.save, arr=scores))
     write(ordered, partial(np.savez_compressed, **results, subset_ratios=np.array(args.ratios)))
@@ -393,9 +392,9 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would put Ctrl-C off until the devices are done
     try:
         sys.exit(main())
-    except (Problem, OSError) as error:
-        message = str(error)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        message = f"{error} (if memory ran out, try a smaller --parallel-runs)"
+    except Problem as problem:
+        message = str(problem)
+    except (OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        message = f"{error} (for room on disk, use another --output-dir; in memory, fewer --parallel-runs)"
     print("mnist.py:", " ".join(message.split()), file=sys.stderr)
     os._exit(1)  # sys.exit would wait for minutes, for the other processes

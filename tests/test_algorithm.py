@@ -1,26 +1,27 @@
 """The algorithm's functions, against plain references. Everything runs on scikit-learn's digits."""
 
-import functools
+import re
 
 import jax
 import numpy as np
 import pytest
+from helpers import SGD, train_digits
 
 import mnist
 
-SGD = dict(batch_size=128, learning_rate=0.1, momentum=0.9)
 RATIO = 0.1  # of 1,797 digits: 180 examples, so that the last batch has 52
+RATES = {name: SGD[name] for name in ("learning_rate", "momentum")}
 
 
 @pytest.fixture(scope="module")
 def digits():
     images, labels, _ = mnist.load("digits")
-    return images, labels
+    return images.reshape(len(images), -1), labels
 
 
 def reference(images, labels, run, ratio, epochs):
     """One run as a textbook has it: NumPy in float64, one step at a time, gradients by hand."""
-    images = images.reshape(len(images), -1).astype(np.float64) / 255
+    images = images.astype(np.float64) / 255
     state, _ = mnist.init(run, (images.shape[1], 512, 256, 10))
     params = [[np.array(w, np.float64), np.array(b, np.float64)] for w, b in state]
     velocity = [[np.zeros_like(array) for array in layer] for layer in params]
@@ -43,7 +44,9 @@ def reference(images, labels, run, ratio, epochs):
                 for j in range(2):
                     momenta[j] = SGD["momentum"] * momenta[j] + gradient[j]
                     layer[j] = layer[j] - SGD["learning_rate"] * momenta[j]
-    return params, forward(params, images)[-1].argmax(axis=1) == labels
+    heldout = np.ones(len(images), bool)
+    heldout[subset] = False
+    return params, heldout, heldout & (forward(params, images)[-1].argmax(axis=1) == labels)
 
 
 def forward(params, images):
@@ -54,64 +57,107 @@ def forward(params, images):
     return activations
 
 
-def trainer(digits, width, devices=1, epochs=3):
-    return mnist.Trainer(*digits, width, jax.devices()[:devices], epochs=epochs, **SGD)
-
-
 def test_a_run_equals_the_reference(digits):
     images, labels = digits
-    params, _ = mnist.init(5, (64, 512, 256, 10))
-    state = params, jax.tree.map(np.zeros_like, params)
-    subset, draws = mnist.draw_subset(5, len(labels), RATIO)
-    train = jax.jit(functools.partial(mnist.train_epoch, **SGD))
-    for _ in range(3):
-        order = subset[draws.permutation(180)].astype(np.int32)
-        state = train(state, order, 180, images.reshape(-1, 64), labels)
-    expected, _ = reference(images, labels, 5, RATIO, epochs=3)
-    for layer, layer_expected in zip(state[0], expected):
+    start = mnist.init(5, (64, 512, 256, 10))
+    batches = mnist.draw_batches(5, len(labels), RATIO, 3, SGD["batch_size"])
+    train = jax.jit(lambda *args: mnist.train(*args, **RATES))
+    params, _ = train(start, batches, 2, images, np.append(labels, -1))
+    expected, _, _ = reference(images, labels, 5, RATIO, epochs=3)
+    for layer, layer_expected in zip(params, expected):
         for array, array_expected in zip(layer, layer_expected):
             assert np.abs(array - array_expected).max() < 2e-5
-    untrained = np.abs(np.array(params[0][0]) - expected[0][0]).max()
+    untrained = np.abs(np.array(start[0][0][0]) - expected[0][0]).max()
     assert untrained > 1e-2, "the tolerance would not tell a trained network from an untrained one"
 
 
 def test_a_batch_of_runs_equals_the_runs_alone_and_the_reference(digits):
-    together = trainer(digits, width=4).run_batch([3, 4, 5, 6], RATIO)
-    alone = trainer(digits, width=1)
+    heldout, correct = train_digits([3, 4, 5, 6], RATIO, epochs=3)
     for i, run in enumerate([3, 4, 5, 6]):
-        heldout, correct = alone.run_batch([run], RATIO)
-        assert np.array_equal(heldout[0], together[0][i])
-        assert np.mean(correct[0] != together[1][i]) < 0.001
-        expected = reference(*digits, run, RATIO, epochs=3)[1] & heldout[0]
-        assert np.mean(correct[0] != expected) < 0.001
-
-
-@pytest.mark.parametrize("devices", [2, 4])
-def test_results_do_not_depend_on_the_devices(digits, devices):
-    one = trainer(digits, width=5).run_batch(range(5), RATIO)
-    several = trainer(digits, 5, devices)  # 5 runs do not divide evenly among 2 or 4 devices
-    assert several.width == {2: 6, 4: 8}[devices]
-    heldout, correct = several.run_batch(range(5), RATIO)
-    assert np.array_equal(heldout, one[0])
-    assert np.mean(correct != one[1]) < 0.001
+        alone = train_digits([run], RATIO, epochs=3)
+        _, *expected = reference(*digits, run, RATIO, epochs=3)
+        assert np.array_equal(heldout[i], alone[0][0]) and np.array_equal(heldout[i], expected[0])
+        assert np.mean(correct[i] != alone[1][0]) < 0.001
+        assert np.mean(correct[i] != expected[1]) < 0.001
     assert np.mean(correct[0] != correct[1]) > 0.01, "runs are told apart"
 
 
-def test_all_ratios_share_one_compilation(digits):
-    several = trainer(digits, width=2, devices=2, epochs=1)
+@pytest.mark.parametrize("devices", [2, 4])
+def test_results_do_not_depend_on_the_devices(devices):
+    one, several = (train_digits(range(8), RATIO, n, epochs=3) for n in (1, devices))
+    assert np.array_equal(several[0], one[0])
+    assert np.mean(several[1] != one[1]) < 0.001
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The functions that the code compiles, each with the arguments of its last call."""
+    found, jit = [], jax.jit
+
+    def recorder(function, **kwargs):
+        jitted = jit(function, **kwargs)
+        found.append([jitted, None])
+        this = found[-1]
+
+        def call(*args):
+            this[1] = args
+            return jitted(*args)
+
+        return call
+
+    monkeypatch.setattr(jax, "jit", recorder)
+    return found
+
+
+def test_all_ratios_share_one_compilation(compiled, digits):
+    run_batch = mnist.make_trainer(*digits, jax.devices()[:2], **SGD | {"epochs": 1})
     for ratio in (0.1, 0.5, 0.9):
-        several.run_batch([0, 1], ratio)
-    several.run_batch([2], 0.5)
-    assert several.train_epoch._cache_size() == several.evaluate._cache_size() == 1
+        run_batch(np.arange(2), ratio)
+    ((jitted, _),) = compiled
+    assert jitted._cache_size() == 1
+    run_batch(np.arange(4), 0.5)
+    assert jitted._cache_size() == 2, "this counts compilations"
 
 
-def test_subsets_are_those_of_random_state():
-    subset, draws = mnist.draw_subset(7, 1000, 0.3)
-    theirs = np.random.RandomState(7)
-    assert np.array_equal(subset, theirs.choice(1000, 300, replace=False))
-    assert np.array_equal(draws.permutation(300), theirs.permutation(300))
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_needs_no_communication(compiled, digits, monkeypatch, processes):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    run_batch = mnist.make_trainer(*digits, jax.devices(), **SGD | {"epochs": 1})
+    run_batch(np.arange(8), 0.5)
+    ((jitted, args),) = compiled
+    program = jitted.lower(*args).compile().as_text()
+    computations = re.split(r"\n(?=\S)", program)
+    assert sum(" while(" in each for each in computations) > 0
+    talking = [each for each in computations if re.search(r"all-|collective-|reduce-scatter", each)]
+    # Only after training and testing do the results of several processes come together.
+    assert len(talking) == processes - 1 and all(each.startswith("ENTRY") for each in talking)
+    assert "f32[2,512,64]" in program and "f32[8,512,64]" not in program, "a device has its own runs only"
+
+
+def test_batches_are_those_of_random_state():
+    batches = mnist.draw_batches(7, 1000, 0.3, 2, 64)
+    assert batches.shape == (3, 16, 64) and batches.dtype == np.int32
+    draws = np.random.RandomState(7)
+    subset = draws.choice(1000, 300, replace=False)
+    for epoch in batches[:2].reshape(2, -1):
+        assert np.array_equal(epoch[:300], subset[draws.permutation(300)])
+        assert (epoch[300:] == 1000).all()
+    heldout = batches[2].ravel()
+    assert np.array_equal(heldout[:700], sorted({*range(1000)} - {*subset})) and (heldout[700:] == 1000).all()
     # NumPy keeps this stream frozen: the numbers of any release, written down.
-    assert mnist.draw_subset(0, 10, 0.5)[0].tolist() == [2, 8, 4, 9, 1]
+    epoch, heldout = mnist.draw_batches(0, 10, 0.5, 1, 5).tolist()
+    assert epoch == [[8, 2, 4, 9, 1], [10] * 5] and heldout == [[0, 3, 5, 6, 7], [10] * 5]
+
+
+def test_what_fills_a_batch_up_does_not_count(digits):
+    images, labels = digits[0][:8], digits[1][:8]
+    params, _ = mnist.init(0, (64, 512, 256, 10))
+    whole = jax.value_and_grad(mnist.loss)(params, images[:5], labels[:5])
+    labels[5:] = -1
+    filled = jax.value_and_grad(mnist.loss)(params, images, labels)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(filled)):
+        assert np.allclose(one, other, atol=1e-6)
+    assert float(whole[0]) > 1
 
 
 def test_initial_weights_are_glorot_normal_and_differ_between_runs():
@@ -133,14 +179,11 @@ def test_a_ratio_without_held_out_runs_is_left_out_of_the_mean():
 
 
 def test_mislabeled_digits_fill_the_bottom_of_the_ranking(digits):
-    images, labels = digits
-    random = np.random.RandomState(0)
+    random, labels = np.random.RandomState(0), digits[1].copy()
     flipped = random.choice(len(labels), round(0.03 * len(labels)), replace=False)
-    labels = labels.copy()
     labels[flipped] = (labels[flipped] + random.randint(1, 10, len(flipped))) % 10
-    ensemble = trainer((images, labels), width=10, devices=2, epochs=10)
-    counts = [[part.sum(axis=0) for part in ensemble.run_batch(range(10), ratio)] for ratio in (0.3, 0.6)]
-    scores, _ = mnist.cscores(*np.swapaxes(counts, 0, 1))
+    batches = [train_digits(range(10), ratio, 2, labels) for ratio in (0.3, 0.6)]
+    scores, _ = mnist.cscores(*np.sum(batches, axis=2).swapaxes(0, 1))
     ranks = np.argsort(np.argsort(scores, kind="stable"))[flipped]
     # Measured with seeds 0, 1, 2: 0.89, 0.83, 0.89 of them are in the bottom 3%, and 1.00, 1.00, 0.96 in
     # the bottom 5%.
@@ -149,16 +192,26 @@ def test_mislabeled_digits_fill_the_bottom_of_the_ranking(digits):
 
 
 def test_figure_places_the_extremes_of_each_class():
-    labels = np.repeat([0, 1, 2], [30, 13, 4])
+    labels = np.repeat([0, 3, 7], [30, 13, 4])
     images = np.broadcast_to(np.arange(47, dtype=np.uint8)[:, None, None, None], (47, 2, 3, 1))
     scores = np.linspace(0, 1, 47)
     scores[:3] = 0.9  # ties: of equal scores, the first example comes first on both sides
     scores[46] = np.nan
-    sheet = np.asarray(mnist.draw_figure(images, labels, scores).axes[0].images[0].get_array())
-    cells = sheet.reshape(3, 4, 21, 5)[:, 1, :, 1]
+    sheet = mnist.draw_figure(images, labels, scores)
+    assert sheet.shape == (12, 105, 3) and sheet.dtype == np.uint8
+    cells = sheet.reshape(3, 4, 21, 5, 3)[:, 1, :, 1, 0]
     assert cells[0, :10].tolist() == [0, 1, 2, 29, 28, 27, 26, 25, 24, 23]
     assert cells[0, 11:].tolist() == list(range(3, 13))
     assert cells[1, :10].tolist() == list(range(42, 32, -1))
     assert cells[1, 11:].tolist() == list(range(30, 40))
     assert cells[2].tolist() == [45, 44, 43] + [255] * 8 + [43, 44, 45] + [255] * 7
     assert (cells[:, 10] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "channels, shown", [(1, [9, 9, 9]), (2, [9, 9, 9]), (3, [9, 10, 11]), (4, [9, 10, 11])]
+)
+def test_figure_shows_any_number_of_channels(channels, shown):
+    images = np.broadcast_to(np.arange(9, 9 + channels, dtype=np.uint8), (2, 5, 5, channels))
+    sheet = mnist.draw_figure(images, np.array([0, 0]), np.array([0.1, 0.2]))
+    assert sheet[3, 3].tolist() == shown

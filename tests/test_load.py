@@ -1,55 +1,172 @@
-"""Loading: scikit-learn's digits, and tfds data sets that the tests write with tfds's own writer."""
+"""Loading: .npz files, the digits, and tfds data sets that the tests write with tfds's own writer."""
 
 import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import HAS_MNIST, SMALL, problem, run, same_results
 
 import mnist
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-tfds = pytest.importorskip("tensorflow_datasets")
+SCORES = "cscores.npy", "cscores-orig-order.npz"
 
 
-class SmallPictures(tfds.core.GeneratorBasedBuilder):
-    """A base for data sets of 40 pictures, each filled with its index."""
+# --- .npz ---
+@pytest.fixture(scope="module")
+def digits():
+    images, labels, _ = mnist.load("digits")
+    return images, labels
 
-    VERSION = tfds.core.Version("1.0.0")
-    SHAPE, SPLIT, LABEL = (6, 5, 3), "train", tfds.features.ClassLabel(num_classes=4)
 
-    def _info(self):
-        features = {"image": tfds.features.Image(shape=self.SHAPE)}
-        features |= {"label": self.LABEL} if self.LABEL else {}
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+@pytest.fixture(scope="module")
+def digits_job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    run(*SMALL, "--runs", 4, "--output-dir", folder)
+    return folder
 
-    def _split_generators(self, dl_manager):
-        return {self.SPLIT: self._generate_examples()}
 
-    def _generate_examples(self):
+@pytest.mark.parametrize("names", [("x_train", "y_train"), ("images", "labels")])
+def test_an_npz_of_the_digits_gives_the_scores_of_the_digits(digits, digits_job, tmp_path, names):
+    images, labels = digits
+    arrays = dict(zip(names, (images[..., 0], labels)))
+    np.savez_compressed(tmp_path / "own.npz", **arrays, x_test=np.zeros(3), names=np.array(["a", None]))
+    run(*SMALL, "--runs", 4, "--output-dir", tmp_path, "--dataset", tmp_path / "own.npz")
+    assert same_results(tmp_path, digits_job, SCORES)
+    assert (tmp_path / "own-examples.pdf").exists()
+
+
+def test_labels_may_be_any_integers(digits, digits_job, tmp_path):
+    images, labels = digits
+    given = np.array([7, 3, -2, 1000, 50, 51, 52, 53, 54, 2**40])[labels]
+    given[labels == 0] = -9  # in the order of the digits, so that they number the same classes
+    given = np.sort(np.unique(given))[labels]
+    np.savez(tmp_path / "own.npz", images=images, labels=given)
+    run(*SMALL, "--runs", 4, "--output-dir", tmp_path, "--dataset", tmp_path / "own.npz")
+    assert same_results(tmp_path, digits_job, SCORES[:1])
+    with np.load(tmp_path / "cscores-orig-order.npz") as results:
+        assert np.array_equal(results["labels"], given) and results["labels"].dtype == given.dtype
+
+
+def test_colour_and_two_classes(tmp_path):
+    random = np.random.RandomState(0)
+    labels = random.choice(np.array([3, 7], np.uint8), 60)
+    images = random.randint(0, 200, (60, 6, 5, 3)).astype(np.uint8)
+    images[labels == 7, :, :, 1] += 50
+    np.savez(tmp_path / "own.npz", x_train=images, y_train=labels)
+    args = [
+        "--ratios",
+        0.5,
+        "--runs",
+        8,
+        "--epochs",
+        20,
+        "--batch-size",
+        30,
+        "--output-dir",
+        tmp_path / "out",
+    ]
+    out, _ = run("--dataset", "own.npz", *args, cwd=tmp_path)
+    with np.load(tmp_path / "out" / "cscores-orig-order.npz") as results:
+        assert results["labels"].tolist() == labels.tolist()
+        assert np.nanmean(results["scores"]) > 0.8, "green tells the classes apart"
+    assert "tensorflow" not in out.lower()
+
+
+PIXELS = np.zeros((6, 4, 4), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "arrays, says",
+    [
+        (dict(x=PIXELS, y=np.arange(6)), "it has x, y"),
+        (dict(x_train=PIXELS, labels=np.arange(6)), "it has x_train, labels"),
+        (dict(x_train=PIXELS / 255, y_train=np.arange(6)), "images float64 (6, 4, 4)"),
+        (dict(images=PIXELS[0], labels=np.arange(4)), "images uint8 (4, 4)"),
+        (dict(images=PIXELS[:, :0], labels=np.arange(6)), "images uint8 (6, 0, 4)"),
+        (dict(images=PIXELS, labels=np.arange(5)), "labels int64 (5,)"),
+        (dict(images=PIXELS, labels=np.arange(6)[:, None]), "labels int64 (6, 1)"),
+        (dict(images=PIXELS, labels=np.arange(6.0)), "labels float64"),
+        (dict(images=PIXELS, labels=np.array([*"abcdef"])), "labels <U1"),
+        (dict(images=PIXELS, labels=np.array([*"abcdef"], object)), "allow_pickle=False"),
+        ({}, "it has nothing"),
+    ],
+    ids=str,
+)
+def test_arrays_that_do_not_suit(tmp_path, arrays, says):
+    path = tmp_path / "own.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(mnist.Problem) as caught:
+        mnist.load(str(path))
+    line = str(caught.value)
+    assert line.startswith(f"cannot use --dataset {path} (") and says in line
+    assert (
+        "x_train, y_train or images, labels: uint8 (N, height, width[, channels]) and integers (N,)" in line
+    )
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an archive", b"PK\x03\x04 cut off"], ids=str)
+def test_files_that_are_no_npz(tmp_path, content):
+    if content is not None:
+        (tmp_path / "own.npz").write_bytes(content)
+    line = problem("--dataset", tmp_path / "own.npz", "--output-dir", tmp_path / "out")
+    assert f"cannot use --dataset {tmp_path / 'own.npz'} (" in line and "x_train" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_npz_and_digits_need_no_tfds(digits, tmp_path):
+    for module in "tensorflow", "tensorflow_datasets", "sklearn":
+        (tmp_path / f"{module}.py").write_text("raise ModuleNotFoundError(f'No module named {__name__!r}')")
+    np.savez(tmp_path / "own.npz", images=digits[0], labels=digits[1])
+    env = {"PYTHONPATH": str(tmp_path)}
+    run(*SMALL, "--runs", 1, "--output-dir", tmp_path, "--dataset", tmp_path / "own.npz", env=env)
+    line = problem("--output-dir", tmp_path / "out", env=env)
+    assert "No module named 'tensorflow_datasets'" in line
+    for way_out in "Python 3.13", "--dataset FILE.npz", "--dataset digits":
+        assert way_out in line
+
+
+def test_digits(digits):
+    images, labels = digits
+    assert images.shape == (1797, 8, 8, 1) and images.dtype == np.uint8 and images.max() == 255
+    assert labels[:10].tolist() == list(range(10)) and labels.dtype == np.int32
+    assert mnist.load("digits")[2].tolist() == list(range(1797))
+
+
+# --- tfds ---
+@pytest.fixture(scope="module")
+def tfds():
+    return pytest.importorskip("tensorflow_datasets")
+
+
+def write_tfds(tfds, folder, name, shape=(6, 5, 3), split="train", label=True, file_format="tfrecord"):
+    """40 pictures, each filled with its index, as the tfds data set `name`."""
+    features = {"image": tfds.features.Image(shape=shape)}
+    features |= {"label": tfds.features.ClassLabel(num_classes=4)} if label else {}
+
+    def examples():
         for i in range(40):
-            picture = {"image": np.full([size or 4 + i % 2 for size in self.SHAPE], i, np.uint8)}
-            yield i, picture | ({"label": i % 4} if self.LABEL else {})
+            picture = {"image": np.full([size or 4 + i % 2 for size in shape], i, np.uint8)}
+            yield i, picture | ({"label": i % 4} if label else {})
+
+    body = dict(
+        VERSION=tfds.core.Version("1.0.0"),
+        _info=lambda self: tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label") if label else None,
+        ),
+        _split_generators=lambda self, _: {split: self._generate_examples()},
+        _generate_examples=lambda self: examples(),
+    )
+    builder = type(name.title().replace("_", ""), (tfds.core.GeneratorBasedBuilder,), body)
+    builder(data_dir=folder, file_format=file_format).download_and_prepare()
 
 
-class ColourPictures(SmallPictures):
-    pass
-
-
-class UnevenPictures(SmallPictures):
-    SHAPE = (None, None, 3)
-
-
-class UnlabeledPictures(SmallPictures):
-    LABEL = None
-
-
-class TestPictures(SmallPictures):
-    __test__ = False
-    SPLIT = "test"
-
-
-def write_mnist(folder, file_format, n=300):
+def write_mnist(tfds, folder, n=300):
     """n examples in the layout of tfds's own `mnist`; image and label tell an example's original index."""
 
     def generate(self, count):
@@ -62,13 +179,12 @@ def write_mnist(folder, file_format, n=300):
         builder = tfds.image_classification.MNIST
         patch.setattr(builder, "_split_generators", lambda self, _: {"train": generate(self, n)})
         patch.setattr(builder, "_generate_examples", generate)
-        builder(data_dir=folder, file_format=file_format).download_and_prepare()
+        builder(data_dir=folder).download_and_prepare()
     assert (folder / "mnist" / "3.0.1" / "dataset_info.json").exists()
 
 
-@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
-def test_tfds_mnist_and_its_original_order(tmp_path, file_format):
-    write_mnist(tmp_path, file_format)
+def test_tfds_mnist_and_its_original_order(tfds, tmp_path):
+    write_mnist(tfds, tmp_path)
     images, labels, original = mnist.load("mnist", str(tmp_path))
     assert images.shape == (300, 28, 28, 1) and images.dtype == np.uint8
     assert labels.shape == (300,) and labels.dtype == np.int32
@@ -77,16 +193,11 @@ def test_tfds_mnist_and_its_original_order(tmp_path, file_format):
     assert np.array_equal(labels, original % 10)
 
 
-def test_the_order_is_that_of_tfds_load(tmp_path):
-    write_mnist(tmp_path, "tfrecord")
-    data = tfds.as_numpy(tfds.load("mnist", split="train", batch_size=-1, data_dir=tmp_path))
-    assert np.array_equal(mnist.load("mnist", tmp_path)[0], data["image"])
-
-
-def test_the_whole_job_on_tfds_mnist(tmp_path):
-    write_mnist(tmp_path / "data", "tfrecord")
-    args = ["--ratios", "0.5", "--runs", "3", "--epochs", "1", "--data-dir", str(tmp_path / "data")]
-    assert mnist.main([*args, "--output-dir", str(tmp_path / "out")]) == 0
+def test_the_whole_job_on_tfds_mnist(tfds, tmp_path):
+    write_mnist(tfds, tmp_path / "data")
+    args = ["--ratios", 0.5, "--runs", 3, "--epochs", 1, "--data-dir", tmp_path / "data"]
+    _, err = run(*args, "--output-dir", tmp_path / "out")
+    assert [line for line in err.splitlines() if line and "ex/s" not in line] == [], "TensorFlow is silent"
     scores = np.load(tmp_path / "out" / "cscores.npy")
     in_order = np.load(tmp_path / "out" / "cscores-orig-order.npz")
     original = mnist.load("mnist", tmp_path / "data")[2]
@@ -95,11 +206,23 @@ def test_the_whole_job_on_tfds_mnist(tmp_path):
     assert np.array_equal(in_order["profile"][0], in_order["scores"], equal_nan=True)
 
 
-def test_colour_pictures_whose_original_order_is_unknown(tmp_path):
-    args = ["--dataset", "colour_pictures", "--data-dir", str(tmp_path), "--ratios", "0.5", "--runs", "6"]
-    assert mnist.main([*args, "--output-dir", str(tmp_path / "out"), "--epochs", "1"]) == 0
+def test_a_tfds_set_whose_original_order_is_unknown(tfds, tmp_path):
+    write_tfds(tfds, tmp_path, "colour_pictures")
+    args = [
+        "--dataset",
+        "colour_pictures",
+        "--data-dir",
+        tmp_path,
+        "--ratios",
+        0.5,
+        "--runs",
+        6,
+        "--epochs",
+        1,
+    ]
+    run(*args, "--output-dir", tmp_path / "out")
     images, labels, original = mnist.load("colour_pictures", tmp_path)
-    assert images.shape == (40, 6, 5, 3) and original is None
+    assert images.shape == (40, 6, 5, 3) and original is None and images[:, 0, 0, 0].max() == 39
     written = sorted(file.name for file in (tmp_path / "out").iterdir())
     assert written == [
         "colour_pictures-examples.pdf",
@@ -113,49 +236,44 @@ def test_colour_pictures_whose_original_order_is_unknown(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "dataset, says",
+    "dataset, settings, says",
     [
-        ("uneven_pictures", "(None, None, 3)"),
-        ("unlabeled_pictures", "'label'"),
-        ("test_pictures", "train"),
-        ("no_such_data", "not found"),
+        ("uneven_pictures", dict(shape=(None, None, 3)), "shape"),
+        ("unlabeled_pictures", dict(label=False), "supervised"),
+        ("test_pictures", dict(split="test"), "train"),
+        ("no_such_data", None, "not found"),
     ],
 )
-def test_unsuitable_data_sets(tmp_path, capsys, dataset, says):
-    args = ["--dataset", dataset, "--data-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")]
-    assert mnist.main(args) == 2
-    error = capsys.readouterr().err  # tfds shows progress there while it writes test_pictures
-    assert f"--dataset {dataset} (" in error.splitlines()[-1] and says in error.splitlines()[-1]
-    assert "Traceback" not in error
-    assert list((tmp_path / "out").iterdir()) == []
+def test_unsuitable_tfds_sets(tfds, tmp_path, dataset, settings, says):
+    if settings:
+        write_tfds(tfds, tmp_path, dataset, **settings)
+    with pytest.raises(mnist.Problem) as caught:
+        mnist.load(dataset, tmp_path)
+    line = str(caught.value)
+    assert line.startswith(f"cannot use --dataset {dataset} (") and says in line.partition("): ")[0]
+    assert "train split of labeled 8-bit images of one size" in line
 
 
-def test_no_network(tmp_path, capsys, monkeypatch):
+def test_no_network(monkeypatch):
     from requests.exceptions import ConnectionError
 
-    def fail(self, **_):
+    def fail(*args, **kwargs):
         raise ConnectionError("HTTPSConnectionPool(host='storage.googleapis.com', port=443)")
 
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
-    assert mnist.main(["--data-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--dataset digits" in error
-    assert f"{tmp_path}/downloads/manual" in error
-    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        assert f"{part}-ubyte.gz" in error
-
-
-def test_digits():
-    images, labels, original = mnist.load("digits")
-    assert images.shape == (1797, 8, 8, 1) and images.dtype == np.uint8 and images.max() == 255
-    assert labels[:10].tolist() == list(range(10)) and original.tolist() == list(range(1797))
+    tfds = SimpleNamespace(load=fail, core=SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets.core", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets.core.hashing", SimpleNamespace(Hasher=None))
+    with pytest.raises(mnist.Problem) as caught:
+        mnist.load("mnist")
+    for part in "storage.googleapis.com", "a network the first time", "--dataset FILE.npz":
+        assert part in str(caught.value)
 
 
 def test_real_mnist(tmp_path):
-    folder = os.environ.get("TFDS_DATA_DIR", "")
-    if not os.path.isdir(os.path.join(folder, "mnist")):
+    if not HAS_MNIST:
         pytest.skip("TFDS_DATA_DIR does not hold the real MNIST")
-    assert mnist.main(["--runs", "2", "--ratios", "0.1", "--output-dir", str(tmp_path)]) == 0
+    run("--runs", 2, "--ratios", 0.1, "--output-dir", tmp_path)
     results = np.load(tmp_path / "cscores-orig-order.npz")
     assert results["labels"][:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert results["n_heldout"].sum() == 2 * 54000

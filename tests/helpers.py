@@ -1,0 +1,97 @@
+"""What the tests share: the script as a process, alone and several at a time, and batches of runs."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import mnist
+
+SCRIPT = Path(mnist.__file__)
+SGD = dict(epochs=10, batch_size=128, learning_rate=0.1, momentum=0.9)
+DIGITS = ["--dataset", "digits"]
+SMALL = [*DIGITS, "--ratios", "0.3", "0.8", "--epochs", "2", "--parallel-runs", "2"]
+JOB = [*SMALL, "--runs", 12]
+TFDS = os.environ.get("TFDS_DATA_DIR", "")
+HAS_MNIST = os.path.isdir(os.path.join(TFDS, "mnist"))
+
+
+def start(*args, through=(), devices=2, env=None, **kwargs):
+    """The script in a process of its own, on so many CPU devices."""
+    # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = [*through, sys.executable, str(SCRIPT), *map(str, args)]
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | (env or {})
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=env, **pipes, **kwargs)
+
+
+def run(*args, status=0, **kwargs):
+    """Run the script; returns what it printed, (stdout, stderr)."""
+    process = start(*args, **kwargs)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    return out, err
+
+
+def problem(*args, status=1, **kwargs):
+    """Run what must fail; returns its one line, the last on stderr (a progress bar may stand before it)."""
+    _, err = run(*args, status=status, **kwargs)
+    *before, line = err.strip().split("\n")
+    assert line.startswith("mnist.py: ") and all("ex/s" in bar for bar in before), err
+    return line
+
+
+def same_results(one, other, names=("cscores.npy", "cscores-orig-order.npz", "cscores-checkpoint.npz")):
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def n_done(checkpoint, ratios=(0.3, 0.8)):
+    """How many runs on the digits a checkpoint holds."""
+    if not checkpoint.exists():
+        return 0
+    with np.load(checkpoint) as file:
+        return sum(n.sum() // (1797 - round(1797 * ratio)) for n, ratio in zip(file["n_heldout"], ratios))
+
+
+def free_port(ports=(0,)):
+    for port in ports:
+        with socket.socket(socket.AF_INET6) as probe:
+            try:
+                probe.bind(("::", port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+
+
+def launch(n, *args, folders, by_hand=True, **kwargs):
+    """Start the n processes of a job, by hand or in the environment that Slurm gives them."""
+    address = [f"127.0.0.1:{free_port()}", n]
+    job = free_port(range(61440, 65536)) - 61440  # JAX makes the port from the number of the job
+    slurm = dict(SLURM_JOB_ID=str(job), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(n))
+    processes = []
+    for i, folder in enumerate(folders):
+        how = [*address, i] if by_hand else []
+        env = {} if by_hand else slurm | dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
+        processes.append(start(*args, "--output-dir", folder, "--distributed", *how, env=env, **kwargs))
+    return processes
+
+
+def ends(processes, timeout=120):
+    """Wait for the end of the processes: (exit status, stdout, stderr) of each."""
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs)]
+
+
+def train_digits(runs, ratio, devices=1, labels=None, **sgd):
+    """heldout and correct, bool [runs, 1797], of a batch of runs on the digits."""
+    images, digits, _ = mnist.load("digits")
+    labels = digits if labels is None else labels
+    run_batch = mnist.make_trainer(images, labels, jax.devices()[:devices], **SGD | sgd)
+    return [np.asarray(each) for each in run_batch(np.array(runs), ratio)]
