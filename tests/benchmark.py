@@ -1,7 +1,8 @@
 """Time mnist.py against a loop that trains one model at a time, and against the machine's limits.
 
-    python tests/benchmark.py --ratio 0.3           # MNIST
-    python tests/benchmark.py --dataset digits      # a quick try
+    python tests/benchmark.py --ratio 0.3                      # MNIST
+    python tests/benchmark.py --ratio 0.3 --dataset mnist.npz  # MNIST, without tensorflow-datasets
+    python tests/benchmark.py --dataset digits                 # a quick try
 
 Both train the same runs on the same data, in turns; the times are medians. `sequential` dispatches one
 jitted step for each batch, gathered on the host, and is compiled before the clock starts.
@@ -26,7 +27,7 @@ SGD = dict(epochs=10, batch_size=128, learning_rate=0.1, momentum=0.9)
 
 @jax.jit
 def step(params, velocity, images, labels):
-    grads = jax.grad(mnist.loss)(params, images, labels, jnp.ones(len(labels), bool))
+    grads = jax.grad(mnist.loss)(params, images, labels)
     velocity = jax.tree.map(lambda v, g: SGD["momentum"] * v + g, velocity, grads)
     return jax.tree.map(lambda p, v: p - SGD["learning_rate"] * v, params, velocity), velocity
 
@@ -38,14 +39,13 @@ def predicts(params, images, labels):
 
 def sequential(images, labels, run, ratio):
     """One run: whether each held-out example's label is predicted, bool [held out]."""
-    subset, draws = mnist.draw_subset(run, len(labels), ratio)
+    *epochs, heldout = mnist.draw_batches(run, len(labels), ratio, SGD["epochs"], SGD["batch_size"])
     params, velocity = mnist.init(run, (images.shape[1], 512, 256, int(labels.max()) + 1))
-    for _ in range(SGD["epochs"]):
-        order = subset[draws.permutation(len(subset))]
-        for start in range(0, len(order), SGD["batch_size"]):
-            batch = order[start : start + SGD["batch_size"]]
-            params, velocity = step(params, velocity, images[batch], labels[batch])
-    heldout = np.setdiff1d(np.arange(len(labels)), subset)
+    for batch in np.concatenate(epochs):
+        examples = batch[batch < len(labels)]
+        if len(examples):
+            params, velocity = step(params, velocity, images[examples], labels[examples])
+    heldout = heldout[heldout < len(labels)]
     return np.asarray(predicts(params, images[heldout], labels[heldout]))
 
 
@@ -86,35 +86,33 @@ def main():
     parser.add_argument("--full", action="store_true", help="also train 200 runs at each of 9 ratios")
     args = parser.parse_args()
 
-    mnist.make_cores_devices()
-    devices = jax.local_devices()
+    devices = mnist.start_devices(mnist.parse_args([]))
     on_cpu = devices[0].platform == "cpu"
-    runs = args.runs or len(devices) * (1 if on_cpu else 100)
+    runs = args.runs or len(devices) * (1 if on_cpu else 100)  # a multiple of the devices
     images, labels, _ = mnist.load(args.dataset)
     flat = images.reshape(len(images), -1)
-    trainer = mnist.Trainer(images, labels, runs, devices[:runs], **SGD)
+    run_batch = mnist.make_trainer(images, labels, devices, **SGD)
 
-    first = seconds(trainer.run_batch, range(runs), 0.01)
-    compilation = first - seconds(trainer.run_batch, range(runs), 0.01)
+    first = seconds(run_batch, np.arange(runs), 0.01)
+    compilation = first - seconds(run_batch, np.arange(runs), 0.01)
     sequential(flat, labels, 0, args.ratio)
     alone, together, peak = [], [], []
     for repeat in range(args.repeats):
         alone.append(seconds(sequential, flat, labels, repeat, args.ratio))
-        together.append(seconds(trainer.run_batch, range(repeat, repeat + runs), args.ratio) / runs)
+        together.append(seconds(run_batch, np.arange(repeat, repeat + runs), args.ratio) / runs)
         peak.append(matmul_peak(devices))
     alone, together, peak = map(statistics.median, (alone, together, peak))
-    heldout, correct = trainer.run_batch(range(runs), args.ratio)
+    heldout, correct = map(np.asarray, run_batch(np.arange(runs), args.ratio))
     same = np.mean(correct[0][heldout[0]] == sequential(flat, labels, 0, args.ratio))
 
+    ratios = mnist.parse_args([]).ratios
     n, n_subset = len(labels), round(len(labels) * args.ratio)
     first_layer, *others = np.multiply((flat.shape[1], 512, 256), (512, 256, labels.max() + 1)).tolist()
     training, testing = 4 * first_layer + 6 * sum(others), 2 * (first_layer + sum(others))
     flop = SGD["epochs"] * n_subset * training + (n - n_subset) * testing
 
     def projected(per_run):  # the work of a run is proportional to its FLOP
-        work = sum(
-            SGD["epochs"] * round(n * r) * training + (n - round(n * r)) * testing for r in mnist.RATIOS
-        )
+        work = sum(SGD["epochs"] * round(n * r) * training + (n - round(n * r)) * testing for r in ratios)
         return f"{200 * per_run * work / flop / 60:.1f} min"
 
     def table(*cells):
@@ -142,9 +140,10 @@ def main():
     table("full job, projected", projected(alone), projected(together))
     if args.full:
         start = time.perf_counter()
-        for ratio in mnist.RATIOS:
-            for begin in range(0, 200, trainer.width):
-                trainer.run_batch(range(begin, min(begin + trainer.width, 200)), ratio)
+        for ratio in ratios:
+            for begin in range(0, 200, runs):
+                results = run_batch(np.arange(begin, begin + runs), ratio)
+        jax.block_until_ready(results)
         table("full job, measured", "", f"{(time.perf_counter() - start) / 60:.1f} min")
     table("predictions in common, run 0", "", f"{same:.2%}")
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 import mnist
 
@@ -46,6 +47,13 @@ def problem(*args, status=1, **kwargs):
     *before, line = err.strip().split("\n")
     assert line.startswith("mnist.py: ") and all("ex/s" in bar for bar in before), err
     return line
+
+
+def refused(*args):
+    """The line with which this process refuses a job."""
+    with pytest.raises(mnist.Problem) as caught:
+        mnist.main([*map(str, args)])
+    return str(caught.value)
 
 
 def same_results(one, other, names=("cscores.npy", "cscores-orig-order.npz", "cscores-checkpoint.npz")):
@@ -89,9 +97,9 @@ def ends(processes, timeout=120):
     return [(process.returncode, *output) for process, output in zip(processes, outputs)]
 
 
-def train_digits(runs, ratio, devices=1, labels=None, **sgd):
-    """heldout and correct, bool [runs, 1797], of a batch of runs on the digits."""
+def digits_trainer(devices=1, labels=None, **sgd):
+    """A function (runs, ratio) that trains runs on the digits: heldout and correct, bool [runs, 1797]."""
     images, digits, _ = mnist.load("digits")
     labels = digits if labels is None else labels
     run_batch = mnist.make_trainer(images, labels, jax.devices()[:devices], **SGD | sgd)
-    return [np.asarray(each) for each in run_batch(np.array(runs), ratio)]
+    return lambda runs, ratio: [np.asarray(each) for each in run_batch(np.array(runs), ratio)]

@@ -57,7 +57,11 @@ def test_a_process_dies_and_the_job_is_started_again(alone, tmp_path, victim, th
 def test_processes_with_different_settings(tmp_path, option):
     address = f"127.0.0.1:{free_port()}"
     common = [*DIGITS, "--runs", 4, "--output-dir", tmp_path]
-    values = {"--learning-rate": [[0.1], [0.2]], "--parallel-runs": [[2], [4]], "--ratios": [[0.5], [0.2, 0.5]]}
+    values = {
+        "--learning-rate": [[0.1], [0.2]],
+        "--parallel-runs": [[2], [4]],
+        "--ratios": [[0.5], [0.2, 0.5]],
+    }
     both = ends(
         [start(*common, option, *values[option][i], "--distributed", address, 2, i) for i in range(2)]
     )
