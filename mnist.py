@@ -366,7 +366,7 @@ def write_results(args, images, labels, original, counts):
     plain, ordered, figure = (args.output_dir / name for name in names)
     write(plain, partial(np.save, arr=scores))
     write(ordered, partial(np.savez_compressed, **results, subset_ratios=np.array(args.ratios)))
-    write(figure, partial(imsave, arr=draw_figure(images, labels, scores), format="pdf"))
+    write(figure, partial(imsave, arr=draw_figure(images, labels, scores), format="pdf", dpi=50))
     print("subset ratio      ", *(f"{ratio:<6g}" for ratio in args.ratios))
     print("held-out accuracy ", *(f"{a:.4f}" for a in counts[1].sum(axis=1) / counts[0].sum(axis=1)))
     print(f"mean C-score       {np.nanmean(scores):.4f} (--runs {args.runs})")
