@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import mnist
 
@@ -97,9 +98,17 @@ def ends(processes, timeout=120):
     return [(process.returncode, *output) for process, output in zip(processes, outputs)]
 
 
+def mesh(devices=1):
+    return Mesh(np.array(jax.devices()[:devices]), ("runs",))
+
+
 def digits_trainer(devices=1, labels=None, **sgd):
-    """A function (runs, ratio) that trains runs on the digits: heldout and correct, bool [runs, 1797]."""
+    """A function (runs, ratio) that gives the `heldout_correctness` of runs on the digits, [runs, 1797]."""
     images, digits, _ = mnist.load("digits")
-    labels = digits if labels is None else labels
-    run_batch = mnist.make_trainer(images, labels, jax.devices()[:devices], **SGD | sgd)
-    return lambda runs, ratio: [np.asarray(each) for each in run_batch(np.array(runs), ratio)]
+    run_batch = mnist.make_trainer(images, digits if labels is None else labels, mesh(devices), **SGD | sgd)
+    return lambda runs, ratio: np.asarray(run_batch(np.array(runs), ratio))
+
+
+def count(correctness):
+    """n_heldout and n_correct, int [..., N], of correctness int8 [..., runs, N]."""
+    return [(correctness >= 0).sum(axis=-2), (correctness == 1).sum(axis=-2)]

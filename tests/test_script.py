@@ -17,6 +17,7 @@ from helpers import (
     JOB,
     SCRIPT,
     SMALL,
+    count,
     digits_trainer,
     n_done,
     problem,
@@ -74,8 +75,7 @@ def test_outputs(finished):
 
 def test_the_counts_are_those_of_single_runs(finished):
     train = digits_trainer(epochs=2)
-    alone = [train([i], 0.3) for i in range(12)]
-    n_heldout, n_correct = np.sum(alone, axis=(0, 2))
+    n_heldout, n_correct = count(np.concatenate([train([i], 0.3) for i in range(12)]))
     with np.load(finished[0] / "cscores-checkpoint.npz") as counts:
         assert np.array_equal(counts["n_heldout"][0], n_heldout)
         assert np.abs(counts["n_correct"][0] - n_correct).sum() <= 0.001 * n_correct.sum()
@@ -199,7 +199,7 @@ def test_disk_full(finished, tmp_path):
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     limit = ["bash", "-c", 'ulimit -f 20; exec "$@"', "limit"]  # KiB in one file; the checkpoint needs 29
     line = problem(*JOB, "--output-dir", tmp_path, through=limit)
-    assert "File too large" in line and "for room on disk, use another --output-dir" in line
+    assert "File too large" in line and "try another --output-dir" in line
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     run(*JOB, "--output-dir", tmp_path)
     assert same_results(tmp_path, finished[0])
@@ -236,7 +236,7 @@ def test_ratios_that_do_not_suit_the_data(tmp_path, ratios):
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("mine")
     line = problem(*SMALL, "--output-dir", tmp_path / "file")
-    assert f"File exists: '{tmp_path / 'file'}'" in line and "use another --output-dir" in line
+    assert f"File exists: '{tmp_path / 'file'}'" in line and "try another --output-dir" in line
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -283,7 +283,7 @@ def test_help_is_quick_and_shows_every_default(tmp_path):
         "1 per CPU core, 100 per GPU",
     ):
         assert f"(default {default})" in out
-    assert "default 0.1 0.2 ... 0.9" in out
+    assert "default 0.1 ... 0.9" in out
 
 
 def test_importing_has_no_side_effects(tmp_path):
