@@ -28,7 +28,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 
@@ -195,12 +194,12 @@ def start_mesh(args):
         print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", flush=True)
         if devices[0].platform == "cpu":
             print('Running on the CPU, as JAX sees no GPU (NVIDIA: pip install "jax[cuda13]")', flush=True)
-    return Mesh(np.array(devices), ("runs",))
+    return jax.sharding.Mesh(np.array(devices), ("runs",))
 
 
 def share(mesh, values):
     """The ints [n] that each process gives, int32 [devices, n]; waits until every process has called it."""
-    by_run, copied = NamedSharding(mesh, PartitionSpec("runs")), NamedSharding(mesh, PartitionSpec())
+    by_run, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
     rows = jax.make_array_from_callback((mesh.size, len(values)), by_run, lambda _: np.int32([values]))
     return np.asarray(jax.jit(lambda rows: rows, out_shardings=copied)(rows))
 
@@ -225,7 +224,7 @@ def make_trainer(images, labels, mesh, *, epochs, batch_size, **sgd):
     It starts to train and test runs, int [R], in lockstep, spread evenly over the mesh, and returns at
     once: their `heldout_correctness`, int8 [R, N]. All processes have to call it alike.
     """
-    by_run, copied = NamedSharding(mesh, PartitionSpec("runs")), NamedSharding(mesh, PartitionSpec())
+    by_run, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
     classes, labels = np.unique(labels, return_inverse=True)
     data = images.reshape(len(images), -1), np.append(labels, -1).astype(np.int32)
     data = [jax.make_array_from_process_local_data(copied, array) for array in data]
@@ -354,15 +353,16 @@ def parse_args(argv=None):
     add("--dataset", default="mnist", help="FILE.npz, digits (offline) or a tfds set (default %(default)s)")
     add("--data-dir", help="of tfds (default $TFDS_DATA_DIR, or else ~/tensorflow_datasets)")
     add("--output-dir", type=Path, default=".", help="created if missing (default %(default)s)")
-    add("--ratios", type=float, nargs="+", default=[k / 10 for k in range(1, 10)], help="default 0.1 ... 0.9")
+    add("--ratios", type=float, nargs="+", help="subset ratios, above 0, below 1 (default 0.1 0.2 ... 0.9)")
     add("--runs", type=int, default=200, help="models at each ratio; may grow later (default %(default)s)")
     add("--epochs", type=int, default=10, help="passes over the subset (default %(default)s)")
     add("--batch-size", type=int, default=128, help="examples in a step of SGD (default %(default)s)")
     add("--learning-rate", type=float, default=0.1, help="step size of SGD (default %(default)s)")
     add("--momentum", type=float, default=0.9, help="momentum of SGD (default %(default)s)")
-    add("--parallel-runs", type=int, help="in the whole job (default 1 per CPU core, 100 per GPU)")
-    add("--distributed", nargs="*", metavar="HOST:PORT N I", help="process I of N; Slurm would tell")
+    add("--parallel-runs", type=int, help="together, in the whole job (default 1 per CPU core, 100 per GPU)")
+    add("--distributed", nargs="*", metavar="HOST:PORT N I", help="process I of N; give nothing under Slurm")
     args = parser.parse_args(argv)
+    args.ratios = args.ratios or [k / 10 for k in range(1, 10)]
     args.sgd = {name: vars(args)[name] for name in ("epochs", "batch_size", "learning_rate", "momentum")}
     if min(args.runs, args.epochs, args.batch_size, args.parallel_runs or 1) < 1 or args.parallel_runs == 0:
         parser.error("--runs, --epochs, --batch-size and --parallel-runs must be at least 1")

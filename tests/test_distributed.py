@@ -3,16 +3,16 @@
 import time
 
 import pytest
-from helpers import DIGITS, JOB, ends, free_port, launch, n_done, problem, run, same_results, start
+from helpers import DIGITS, JOB, do, ends, free_port, launch, n_done, problem, same_results, start
 
 FOUR = [*JOB, "--parallel-runs", 4]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The output of one process with four devices that does the job."""
+    """The output of one process, this one with its four devices, that does the job."""
     folder = tmp_path_factory.mktemp("alone")
-    run(*FOUR, "--output-dir", folder, devices=4)
+    do(*FOUR, "--output-dir", folder)
     return folder
 
 
@@ -32,7 +32,7 @@ def test_two_processes_give_the_files_of_one(alone, tmp_path, by_hand):
     assert other[0] == 0 and "JAX" not in other[1] and "C-score" not in other[1] and "ex/s" not in other[2]
     assert same_results(first, alone) and not second.exists()
     before = (first / "cscores-checkpoint.npz").stat().st_mtime_ns
-    run(*FOUR, "--output-dir", first)
+    do(*FOUR, "--output-dir", first)
     assert same_results(first, alone)
     assert (first / "cscores-checkpoint.npz").stat().st_mtime_ns == before, "nothing is left to train"
 

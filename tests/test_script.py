@@ -19,6 +19,7 @@ from helpers import (
     SMALL,
     count,
     digits_trainer,
+    do,
     n_done,
     problem,
     refused,
@@ -103,7 +104,7 @@ def test_interrupt_and_resume(finished, tmp_path, sign):
     assert process.returncode == -sign and "Traceback" not in err and time.perf_counter() - begin < 2
     assert 2 <= n_done(checkpoint) < 24, f"it was not interrupted in the middle: {err}"
     assert not (tmp_path / "cscores.npy").exists()
-    run(*JOB, "--output-dir", tmp_path)
+    do(*JOB, "--output-dir", tmp_path)
     assert same_results(tmp_path, finished[0])
 
 
@@ -116,20 +117,22 @@ def test_a_finished_job_only_writes_its_results_again(finished, tmp_path):
     assert "100%" in err and " 0%" not in err
 
 
-def test_extend_by_more_runs(finished, tmp_path):
-    run(*SMALL, "--runs", 4, "--output-dir", tmp_path)
+def test_extend_by_more_runs(finished, tmp_path, capsys):
+    do(*SMALL, "--runs", 4, "--output-dir", tmp_path)
     assert n_done(tmp_path / "cscores-checkpoint.npz") == 8
-    _, err = run(*JOB, "--output-dir", tmp_path)
-    assert re.search(r"\b33%", err), "the bar starts where the shorter job ended"
+    assert re.search(r"\b0%", capsys.readouterr().err)
+    do(*JOB, "--output-dir", tmp_path)
+    bar = capsys.readouterr().err
+    assert re.search(r"\b33%", bar) and not re.search(r"\b0%", bar), "it starts where the shorter job ended"
     assert same_results(tmp_path, finished[0])
     before = (tmp_path / "cscores-checkpoint.npz").read_bytes()
-    assert "12 runs" in problem(*SMALL, "--runs", 11, "--output-dir", tmp_path)
+    assert "12 runs" in refused(*SMALL, "--runs", 11, "--output-dir", tmp_path)
     assert (tmp_path / "cscores-checkpoint.npz").read_bytes() == before
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_checkpoint_of_the_earlier_version(finished, tmp_path, shared):
-    run(*SMALL, "--runs", 4, "--output-dir", tmp_path)
+    do(*SMALL, "--runs", 4, "--output-dir", tmp_path)
     checkpoint = tmp_path / "cscores-checkpoint.npz"
     trained = np.arange(6) < 4  # it had room for all runs that --runs asked for
     with np.load(checkpoint) as file:
@@ -139,26 +142,14 @@ def test_a_checkpoint_of_the_earlier_version(finished, tmp_path, shared):
         assert "runs out of order" in refused(*JOB, "--output-dir", tmp_path)
         assert checkpoint.read_bytes() == before
     else:
-        run(*JOB, "--output-dir", tmp_path)
+        do(*JOB, "--output-dir", tmp_path)
         assert same_results(tmp_path, finished[0])
 
 
 def test_other_settings_than_the_checkpoints(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "out")
-    other = [
-        *DIGITS,
-        "--ratios",
-        "0.3",
-        "--epochs",
-        3,
-        "--batch-size",
-        64,
-        "--momentum",
-        0.5,
-        "--learning-rate",
-        1,
-    ]
-    line = problem(*other, "--runs", 12, "--output-dir", tmp_path / "out")
+    other = ["--epochs", 3, "--batch-size", 64, "--momentum", 0.5, "--learning-rate", 1]
+    line = refused(*DIGITS, "--ratios", 0.3, *other, "--runs", 12, "--output-dir", tmp_path / "out")
     for difference in (
         "ratios [0.3, 0.8], not [0.3]",
         "epochs 2, not 3",
@@ -195,13 +186,13 @@ def test_a_damaged_checkpoint(finished, tmp_path, damage):
 
 
 def test_disk_full(finished, tmp_path):
-    run(*SMALL, "--runs", 2, "--output-dir", tmp_path)
+    do(*SMALL, "--runs", 2, "--output-dir", tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     limit = ["bash", "-c", 'ulimit -f 20; exec "$@"', "limit"]  # KiB in one file; the checkpoint needs 29
     line = problem(*JOB, "--output-dir", tmp_path, through=limit)
     assert "File too large" in line and "try another --output-dir" in line
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-    run(*JOB, "--output-dir", tmp_path)
+    do(*JOB, "--output-dir", tmp_path)
     assert same_results(tmp_path, finished[0])
 
 
@@ -219,8 +210,11 @@ def test_disk_full(finished, tmp_path):
         (["--figure", "a.pdf"], "--figure"),
     ],
 )
-def test_wrong_usage(tmp_path, args, says):
-    assert says in problem(*DIGITS, "--output-dir", tmp_path, *args, status=2)
+def test_wrong_usage(tmp_path, capsys, args, says):
+    with pytest.raises(SystemExit) as caught:
+        do(*DIGITS, "--output-dir", tmp_path, *args)
+    line = capsys.readouterr().err
+    assert caught.value.code == 2 and says in line and line.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -259,8 +253,9 @@ def test_out_of_memory(tmp_path, capfd, monkeypatch):
     assert line.count("\n") == 1 and "Out of memory" in line and "fewer --parallel-runs" in line
 
 
-def test_examples_never_held_out_are_nan_and_said(tmp_path):
-    out, _ = run(*DIGITS, "--ratios", 0.9, "--runs", 2, "--epochs", 1, "--output-dir", tmp_path)
+def test_examples_never_held_out_are_nan_and_said(tmp_path, capsys):
+    do(*DIGITS, "--ratios", 0.9, "--runs", 2, "--epochs", 1, "--output-dir", tmp_path)
+    out = capsys.readouterr().out
     missing = np.isnan(np.load(tmp_path / "cscores.npy")).sum()
     assert missing > 1000 and f"warning: {missing} examples" in out and "more --runs" in out
 
@@ -283,7 +278,7 @@ def test_help_is_quick_and_shows_every_default(tmp_path):
         "1 per CPU core, 100 per GPU",
     ):
         assert f"(default {default})" in out
-    assert "default 0.1 ... 0.9" in out
+    assert "default 0.1 0.2 ... 0.9" in out
 
 
 def test_importing_has_no_side_effects(tmp_path):
