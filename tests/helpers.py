@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ DIGITS = ["--dataset", "digits"]
 SMALL = [*DIGITS, "--ratios", "0.3", "0.8", "--epochs", "2", "--parallel-runs", "2"]
 JOB = [*SMALL, "--runs", 12]
 TFDS = os.environ.get("TFDS_DATA_DIR", "")
-HAS_MNIST = os.path.isdir(os.path.join(TFDS, "mnist"))
+HAS_MNIST = find_spec("tensorflow_datasets") is not None and os.path.isdir(os.path.join(TFDS, "mnist"))
 
 
 def start(*args, through=(), devices=2, env=None, **kwargs):

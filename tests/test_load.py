@@ -237,8 +237,6 @@ def test_unsuitable_tfds_sets(tfds, tmp_path, dataset, settings, says):
 
 
 def test_no_network(monkeypatch):
-    from requests.exceptions import ConnectionError
-
     def fail(*args, **kwargs):
         raise ConnectionError("HTTPSConnectionPool(host='storage.googleapis.com', port=443)")
 

@@ -1,10 +1,10 @@
 """mnist-cscores-orig-order.npz, the published scores."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import HAS_MNIST
 
 import mnist
 
@@ -35,9 +35,8 @@ def test_the_scores_are_those_of_the_full_experiment(published):
 
 
 def test_the_order_is_that_of_the_official_files(published):
-    folder = os.environ.get("TFDS_DATA_DIR")
-    if not folder or not (Path(folder) / "mnist").exists():
-        pytest.skip("needs the real MNIST: TFDS_DATA_DIR names no folder that holds it")
+    if not HAS_MNIST:
+        pytest.skip("TFDS_DATA_DIR does not hold the real MNIST")
     _, labels, original = mnist.load("mnist")
     assert np.array_equal(published["labels"][original], labels)
     # Mislabeled or illegible, as anyone can see: a shift by one example would not find them.
