@@ -6,6 +6,5 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # several devices on any machine,
 import jax
 
 jax.config.update("jax_num_cpu_devices", 4)
-cache = tempfile.TemporaryDirectory()  # what one process has compiled, the next need not
-os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+cache = tempfile.TemporaryDirectory()  # what one test has compiled, the next need not
 jax.config.update("jax_compilation_cache_dir", cache.name)
