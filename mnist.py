@@ -201,7 +201,7 @@ def share(mesh, values):
     """The ints [n] that each process gives, int32 [devices, n]; waits until every process has called it."""
     by_run, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
     rows = jax.make_array_from_callback((mesh.size, len(values)), by_run, lambda _: np.int32([values]))
-    return np.asarray(jax.jit(lambda rows: rows, out_shardings=copied)(rows))
+    return np.asarray(jax.jit(jnp.copy, out_shardings=copied)(rows))
 
 
 def load_together(args, mesh):
@@ -230,7 +230,7 @@ def make_trainer(images, labels, mesh, *, epochs, batch_size, **sgd):
     data = [jax.make_array_from_process_local_data(copied, array) for array in data]
     one = partial(heldout_correctness, n_classes=len(classes), epochs=epochs, **sgd)
     many = jax.vmap(one, in_axes=(0, 0, None, None, None, None))
-    # Only here do devices exchange anything: the results, if there are several processes.
+    # Devices train and test without each other; only several processes exchange results, at the end.
     many = jax.jit(many, out_shardings=by_run if jax.process_count() == 1 else copied)
 
     def run_batch(runs, ratio):
