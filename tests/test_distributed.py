@@ -1,5 +1,6 @@
 """Several processes on this machine: `python mnist.py --distributed`, on the digits."""
 
+import shutil
 import time
 
 import pytest
@@ -37,20 +38,23 @@ def test_two_processes_give_the_files_of_one(alone, tmp_path, by_hand):
     assert (first / "cscores-checkpoint.npz").stat().st_mtime_ns == before, "nothing is left to train"
 
 
-@pytest.mark.parametrize("victim, then", [(0, 2), (1, 1), (1, 3)])
-def test_a_process_dies_and_the_job_is_started_again(alone, tmp_path, victim, then):
-    checkpoint = tmp_path / "cscores-checkpoint.npz"
-    processes = launch(2, *FOUR, devices=2, folders=[tmp_path] * 2)
+@pytest.mark.parametrize("victim, starts", [(0, [2]), (1, [1, 2, 3])])
+def test_a_process_dies_and_the_job_is_started_again(alone, tmp_path, victim, starts):
+    folder = tmp_path / "first"
+    checkpoint = folder / "cscores-checkpoint.npz"
+    processes = launch(2, *FOUR, devices=2, folders=[folder] * 2)
     wait_for_a_batch(processes, checkpoint)
     processes[victim].kill()
     begin = time.perf_counter()
     assert all(status != 0 for status, _, _ in ends(processes))
     assert time.perf_counter() - begin < 60
-    assert not (tmp_path / "cscores.npy").exists() and 0 < n_done(checkpoint) < 24
+    assert not (folder / "cscores.npy").exists() and 0 < n_done(checkpoint) < 24
 
-    results = ends(launch(then, *FOUR, devices=2, folders=[tmp_path] * then))
-    assert all(status == 0 for status, _, _ in results), results[0][2]
-    assert same_results(tmp_path, alone)
+    for then in starts:
+        again = shutil.copytree(folder, tmp_path / f"then {then}")
+        results = ends(launch(then, *FOUR, devices=2, folders=[again] * then))
+        assert all(status == 0 for status, _, _ in results), results[0][2]
+        assert same_results(again, alone)
 
 
 @pytest.mark.parametrize("option", ["--learning-rate", "--parallel-runs", "--ratios"])

@@ -55,7 +55,7 @@ def test_labels_may_be_any_integers(digits, digits_job, tmp_path):
         assert np.array_equal(results["labels"], given) and results["labels"].dtype == given.dtype
 
 
-def test_colour_and_two_classes(tmp_path, monkeypatch):
+def test_colour_and_two_classes(tmp_path, monkeypatch, capsys):
     random = np.random.RandomState(0)
     labels = random.choice(np.array([3, 7], np.uint8), 60)
     images = random.randint(0, 200, (60, 6, 5, 3)).astype(np.uint8)
@@ -67,6 +67,7 @@ def test_colour_and_two_classes(tmp_path, monkeypatch):
     with np.load(tmp_path / "out" / "cscores-orig-order.npz") as results:
         assert results["labels"].tolist() == labels.tolist()
         assert np.nanmean(results["scores"]) > 0.8, "green tells the classes apart"
+    assert "tensorflow" not in capsys.readouterr().out.lower()
 
 
 PIXELS = np.zeros((6, 4, 4), np.uint8)
