@@ -359,7 +359,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=128, help="examples in a step of SGD (default %(default)s)")
     add("--learning-rate", type=float, default=0.1, help="step size of SGD (default %(default)s)")
     add("--momentum", type=float, default=0.9, help="momentum of SGD (default %(default)s)")
-    add("--parallel-runs", type=int, help="together, in the whole job (default 1 per CPU core, 100 per GPU)")
+    add("--parallel-runs", type=int, help="runs at once, job-wide (default 1 per CPU core, 100 per GPU)")
     add("--distributed", nargs="*", metavar="HOST:PORT N I", help="process I of N; give nothing under Slurm")
     args = parser.parse_args(argv)
     args.ratios = args.ratios or [k / 10 for k in range(1, 10)]
