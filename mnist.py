@@ -9,20 +9,30 @@
 A C-score is the expected accuracy of a model on an example that was held out of its training set, averaged
 over training-set sizes (Jiang, Zhang, Talwar, Mozer: "Characterizing Structural Regularities of Labeled
 Data in Overparameterized Models", ICML 2021, arXiv 2002.03206). A run trains one model on a random subset
-of the examples, whose share is the subset ratio. It is a pure function of its number and that ratio, so
-`vmap` trains many at once.
+of the N examples, whose share is the subset ratio. The procedure, by the functions that have its parts:
+
+    for k, ratio in enumerate(ratios):                        # 0.1 ... 0.9
+        for run in range(n_runs):                             # 0 ... 199; in fact, a group of runs at once
+            batches = draw_batches(run, N, ratio * N, ...)    # of the run's subset, and of what it holds out
+            correct = heldout_correctness(run, batches, ...)  # init, train, predict: int8 [N]
+            n_heldout[k] += correct >= 0                      # -1 is an example of the subset,
+            n_correct[k] += correct == 1                      # 0 one that was held out and mistaken
+    scores, profile = cscores(n_heldout, n_correct)
 """
 
 import argparse
 import hashlib
+import inspect
 import json
 import logging
 import math
 import os
 import signal
+import sqlite3
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
-from itertools import chain, pairwise
 from pathlib import Path
 
 import jax
@@ -35,36 +45,69 @@ class Problem(Exception):
     """Ends the job with one line that says what is wrong and what to do."""
 
 
+def require(condition, text):
+    """Raise Problem unless the condition holds."""
+    if not condition:
+        raise Problem(text)
+
+
+@contextmanager
+def explained(what, advice):
+    """Whatever goes wrong inside becomes a Problem that also says what was tried and what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise Problem(f"{what} ({str(error)[:200] or repr(error)}): {advice}") from error
+
+
+# === Data =======================================================================================
+DATASETS = (  # what --dataset takes
+    "FILE.npz with images and labels, digits (scikit-learn's), or a labeled tfds set "
+    "(needs TensorFlow, so Python 3.13 at most, and a network the first time)"
+)
+
+
 def load(dataset, data_dir=None):
     """Load the training examples of an .npz file, of scikit-learn's `digits` or of a tfds data set.
-
     Returns images uint8 [N, height, width, channels]; labels, integers [N]; and original int64 [N], the
     index of each example in the data set's original files, or None where that cannot be known.
-    Raises Problem if it cannot be had or is not a set of images of one size, each with a label.
-    """
-    read = load_npz if dataset.endswith(".npz") else load_digits if dataset == "digits" else load_tfds
-    try:
-        images, labels, original = read(dataset, data_dir)
-        suits = images.dtype == np.uint8 and images.ndim in (3, 4) and images.size > 0
-        if not suits or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-            raise ValueError(f"images {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}")
-    except Exception as error:  # NumPy, zipfile, tfds and TensorFlow have one for whatever can be wrong
-        raise Problem(f"cannot use --dataset {dataset} ({str(error)[:200]}): {read.__doc__}") from error
+    Raises Problem if it cannot be had or is not a set of images of one size, each with a label."""
+    with explained(f"cannot load --dataset {dataset}", f"it takes {DATASETS}"):
+        if dataset.lower().endswith(".npz"):
+            images, labels, original = load_npz(dataset)
+        elif dataset == "digits":
+            images, labels, original = load_digits()
+        else:
+            images, labels, original = load_tfds(dataset, data_dir)
+    if labels.shape == (len(images), 1):
+        labels = labels[:, 0]
+    check_examples(images, labels)
     return images.reshape(*images.shape[:3], -1), labels, original
 
 
-def load_npz(path, _):
-    """It needs x_train, y_train or images, labels: uint8 (N, height, width[, channels]) and integers (N,)."""
+def check_examples(images, labels):
+    """Raise Problem, which tells how to convert them, unless the arrays are images and labels."""
+    need, shape = "images must be uint8 (N, height, width[, channels])", images.shape
+    require(images.dtype == np.uint8, f"{need}, not {images.dtype}: np.uint8(images * 255) converts 0 ... 1")
+    require(images.ndim in (3, 4) and images.size > 0, f"{need}, not {shape}")
+    channels_first = images.ndim == 4 and shape[1] <= 4 < shape[3]
+    require(not channels_first, f"{need}, not {shape}: try images.transpose(0, 2, 3, 1)")
+    need, number = f"labels must be integers ({len(images)},)", "np.unique(labels, return_inverse=True)[1]"
+    require(labels.shape == shape[:1], f"{need}, not {labels.shape}: try labels.argmax(axis=1) if one-hot")
+    require(labels.dtype.kind in "iu", f"{need}, not {labels.dtype}: try {number}")
+
+
+def load_npz(path):
+    """The arrays of a file by the names that Keras or MedMNIST gives them, or named images and labels."""
     with np.load(path) as file:  # which refuses pickles
-        names = ("x_train", "y_train") if "x_train" in file else ("images", "labels")
-        if not set(names) <= set(file):
-            raise ValueError(f"it has {', '.join(file) or 'nothing'}")
-        images, labels = (file[name] for name in names)
-    return images, labels, np.arange(len(images))
+        for images, labels in ("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels"):
+            if images in file and labels in file:
+                return file[images], file[labels], np.arange(len(file[labels]))
+        raise ValueError(f"it has {', '.join(file) or 'nothing'}, not images and labels")
 
 
-def load_digits(*_):
-    """It needs scikit-learn, which carries the 1,797 digits."""
+def load_digits():
+    """The 1,797 digits of 8 x 8 pixels that scikit-learn carries."""
     from sklearn import datasets
 
     digits = datasets.load_digits()  # pixels are 0 ... 16
@@ -73,255 +116,323 @@ def load_digits(*_):
 
 
 def load_tfds(dataset, data_dir):
-    """It needs tensorflow-datasets and TensorFlow (Python 3.13 has both), a network the first time, and a
-    train split of labeled 8-bit images of one size; --dataset FILE.npz and --dataset digits do not."""
+    """The train split of a data set of tensorflow-datasets, which downloads it to data_dir the first time."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN announces itself at any log level
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # without a network it tells of each of 40 retries
     import tensorflow_datasets as tfds
+    from tensorflow import config
     from tensorflow_datasets.core.hashing import Hasher
 
+    with suppress(RuntimeError):  # TensorFlow is in use already, as in a notebook
+        config.set_visible_devices([], "GPU")  # it would take the memory that JAX needs
     data, info = tfds.load(dataset, split="train", as_supervised=True, data_dir=data_dir, with_info=True)
     images, labels = next(iter(tfds.as_numpy(data.batch(len(data)))))
-    # tfds sorts a split by the hash of each example's key, which for these sets is its index in the files.
-    keyed = info.name in ("mnist", "fashion_mnist", "kmnist")
-    original = np.array(sorted(range(len(labels)), key=Hasher("train").hash_key)) if keyed else None
+    original = None
+    if info.name in ("mnist", "fashion_mnist", "kmnist"):
+        # tfds sorts a split by the hash of each example's key, which for these sets is its original index.
+        original = np.array(sorted(range(len(labels)), key=Hasher("train").hash_key))
     return images, labels.astype(np.int32, casting="same_kind"), original
 
 
-# --- The algorithm ------------------------------------------------------------------------------
-def draw_batches(run, n_examples, ratio, epochs, batch_size):
-    """Draw a run's subset, n = round(N * ratio) of N examples, and the batches that it trains and tests on.
-
+# === One run: the algorithm =====================================================================
+def draw_batches(run, n_examples, n_subset, epochs, batch_size):
+    """Draw a run's subset, n of the N examples, and the batches that it trains and tests on.
     Returns int32 [epochs + 1, ceil(N / B), B], indices of examples: for each epoch the subset, in a new
-    order, and last what is held out. N, which is no example, fills the batches up.
-    """
-    draws = np.random.RandomState(run)
-    n = round(n_examples * ratio)
-    subset = draws.choice(n_examples, n, replace=False)
-    batches = np.full((epochs + 1, math.ceil(n_examples / batch_size), batch_size), n_examples, np.int32)
-    for epoch in batches[:epochs]:
-        epoch.flat[:n] = subset[draws.permutation(n)]
-    batches[epochs].flat[: n_examples - n] = np.delete(np.arange(n_examples), subset)
-    return batches
+    order, and last what is held out. There is room for all N, so that every ratio has the same shape.
+
+    The index N, which is no example, fills batches up. Its label is -1, which `loss` ignores; JAX reads the
+    last image in its place and drops what is written to it. A network that mixes the examples of a batch,
+    as batch normalization does, would see copies of the last image."""
+    draws = np.random.RandomState(run)  # the draws of the authors' code, hence the same subsets
+    subset = draws.choice(n_examples, n_subset, replace=False)
+    heldout = np.delete(np.arange(n_examples), subset)
+
+    n_batches = math.ceil(n_examples / batch_size)
+    orders = np.full((epochs + 1, n_batches * batch_size), n_examples, np.int32)
+    for epoch in range(epochs):
+        orders[epoch, :n_subset] = subset[draws.permutation(n_subset)]
+    orders[epochs, : len(heldout)] = heldout
+    return orders.reshape(epochs + 1, n_batches, batch_size)
 
 
-def init(run, widths):
-    """The params of a new run: (weights float32 [out, in], biases float32 [out]) of each layer, a list."""
+def init(run, image_shape, n_classes, hidden=(512, 256)):
+    """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
+    image_shape: (height, width, channels); hidden: the widths of the layers between image and logits.
+    For a network of your own, change this function and `predict`; params may be any pytree of arrays."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
+    widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
-    return [
-        (glorot(key_w, (n_out, n_in)), 0.01 * jax.random.normal(key_b, (n_out,)))
-        for (key_w, key_b), n_in, n_out in zip(keys, widths, widths[1:])
-    ]
+    params = []
+    for (key_weights, key_biases), n_in, n_out in zip(keys, widths, widths[1:]):
+        weights = glorot(key_weights, (n_out, n_in), jnp.float32)  # [out, in]: measured faster on a CPU
+        biases = 0.01 * jax.random.normal(key_biases, (n_out,), jnp.float32)  # as in the authors' code
+        params.append((weights, biases))
+    return params
 
 
 def predict(params, images):
-    """Logits float32 [..., classes] of flattened images uint8 [..., pixels]."""
-    *hidden, (weights, biases) = params
-    activations = images.astype(jnp.float32) / 255
-    for w, b in hidden:
-        activations = jax.nn.relu(jnp.inner(activations, w) + b)
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]."""
+    activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
+    *hidden, last = params
+    for weights, biases in hidden:
+        activations = jax.nn.relu(jnp.inner(activations, weights) + biases)
+    weights, biases = last
     return jnp.inner(activations, weights) + biases
 
 
 def loss(params, images, labels):
-    """Mean cross-entropy of a batch; a label of -1, which is no class, fills it up and does not count."""
+    """Mean cross-entropy of a batch; examples with the label -1, which fill it up, do not count."""
     logits = predict(params, images)
-    targets = jax.nn.one_hot(labels, logits.shape[-1])
+    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)  # zeros for -1
     return -jnp.sum(targets * jax.nn.log_softmax(logits)) / jnp.sum(labels >= 0)
 
 
-def train(params, batches, n_batches, images, labels, *, epochs, learning_rate, momentum):
-    """The params after SGD with momentum over the first n_batches of each epoch.
-
-    batches: from `draw_batches`; images: uint8 [N, pixels]; labels: int32 [N + 1], the last of them -1.
-    n_batches is traced, so that all subset ratios share one compilation.
-    """
+def train(params, batches, n_train_batches, images, labels, *, epochs, learning_rate, momentum):
+    """The params after SGD with momentum over the first n_train_batches of each epoch.
+    batches: from `draw_batches`; images: uint8 [N, height, width, channels]; labels: int32 [N + 1], the
+    last of them -1. n_train_batches is traced, so that all subset ratios share one compilation."""
 
     def step(i, state):
         params, velocity = state
-        batch = batches[i // n_batches, i % n_batches]
+        batch = batches[i // n_train_batches, i % n_train_batches]
         grads = jax.grad(loss)(params, images[batch], labels[batch])
         velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, grads)
-        return jax.tree.map(lambda p, v: p - learning_rate * v, params, velocity), velocity
+        params = jax.tree.map(lambda p, v: p - learning_rate * v, params, velocity)
+        return params, velocity
 
-    start = params, jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.fori_loop(0, epochs * n_batches, step, start)[0]
+    at_rest = jax.tree.map(jnp.zeros_like, params)
+    params, _ = jax.lax.fori_loop(0, epochs * n_train_batches, step, (params, at_rest))
+    return params
 
 
-def heldout_correctness(run, batches, n_train, n_test, images, labels, *, n_classes, **sgd):
+def heldout_correctness(run, batches, n_train_batches, n_test_batches, images, labels, *, n_classes, **sgd):
     """Train a run and test it: int8 [N], 1 where it predicts the label, 0 where not, -1 if not held out.
-
-    The batches of `draw_batches` that are not empty are the first n_train of each epoch, n_test of the last.
-    """
-    params = train(init(run, (images.shape[1], 512, 256, n_classes)), batches, n_train, images, labels, **sgd)
+    batches, images, labels and sgd are those of `train`; what is held out fills n_test_batches."""
+    params = init(run, images.shape[1:], n_classes)
+    params = train(params, batches, n_train_batches, images, labels, **sgd)
 
     def test(i, correctness):
         batch = batches[-1, i]
-        correct = predict(params, images[batch]).argmax(axis=-1) == labels[batch]
-        return correctness.at[batch].set(correct.astype(jnp.int8))  # N is out of range: ignored
+        logits = predict(params, images[batch])
+        finite = jnp.isfinite(logits).all(
+            axis=-1
+        )  # a model that diverged predicts nothing: argmax would be 0
+        correct = finite & (logits.argmax(axis=-1) == labels[batch])
+        return correctness.at[batch].set(correct.astype(jnp.int8), mode="drop")
 
-    return jax.lax.fori_loop(0, n_test, test, jnp.full(len(images), -1, jnp.int8))
+    return jax.lax.fori_loop(0, n_test_batches, test, jnp.full(len(images), -1, jnp.int8))
 
 
 def cscores(n_heldout, n_correct):
     """C-scores float64 [N] and consistency profile float64 [K, N] from counts of runs, int [K, N].
-
     The profile is each example's held-out accuracy at each of K subset ratios (Section 3 of the paper);
-    its C-score is the mean over the ratios at which a run held it out. NaN: there is no estimate.
-    """
+    its C-score is the mean over the ratios at which a run held it out. NaN: there is no estimate."""
     with np.errstate(invalid="ignore"):
         profile = n_correct / n_heldout
-        return np.nansum(profile, axis=0) / np.sum(n_heldout > 0, axis=0), profile
+        scores = np.nansum(profile, axis=0) / np.sum(n_heldout > 0, axis=0)
+    return scores, profile
 
 
-# --- The job ------------------------------------------------------------------------------------
-def start_mesh(args):
-    """Join the other processes, if any; print and return what the job runs on, a mesh of all devices."""
-    if jax.config.jax_num_cpu_devices < 0:  # the user has not chosen: each core becomes a device
+# === Many runs, on all devices ==================================================================
+RUNS_PER_CORE = 1  # that train together by default; two were measured to be no faster
+RUNS_PER_GPU = 100  # chosen for memory, not measured
+
+
+def set_up_jax(distributed=None):
+    """Make each CPU core a device, and join the job's other processes if there are any.
+    distributed: None, or [HOST:PORT, N, I] for process I of N, or [] where Slurm or the like tells that."""
+    if jax.config.jax_num_cpu_devices < 0:  # the user has not chosen
         n_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-        jax.config.update("jax_num_cpu_devices", min(n_cores, args.runs))
-    if args.distributed is not None:
+        with suppress(RuntimeError):  # JAX is in use already, as in a notebook, and keeps its devices
+            jax.config.update("jax_num_cpu_devices", n_cores)
+    if distributed is not None:
         jax.config.update("jax_enable_preemption_service", False)  # it keeps SIGTERM from ending a process
-        try:
-            address, n, i = args.distributed or (None, None, None)
-            jax.distributed.initialize(address, n and int(n), i and int(i), heartbeat_timeout_seconds=30)
-        except Exception as error:  # one of many kinds, as each environment is read by code of its own
-            raise Problem(f"--distributed: {error} (without Slurm or the like, add HOST:PORT N I)") from error
-    devices = jax.devices()
+        join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)
+        with explained("--distributed", "without Slurm or the like, add HOST:PORT N I"):
+            if distributed:
+                address, n_processes, process = distributed
+                # Under Slurm, JAX would take one of the machine's GPUs; started by hand, it takes all.
+                join(address, int(n_processes), int(process), cluster_detection_method="deactivate")
+            else:
+                join()
+
+
+def choose_devices(n_runs, parallel_runs=None):
+    """The job's devices, those of all processes, as a mesh "runs"; and how many runs train on it together,
+    which is parallel_runs or a default, made a multiple of the devices."""
+    with explained("JAX finds no device", "mend what JAX_PLATFORMS asks for, or set JAX_PLATFORMS=cpu"):
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    on_cpu = devices[0].platform == "cpu"
+    default = len(devices) * (RUNS_PER_CORE if on_cpu else RUNS_PER_GPU)
+    at_once = min(n_runs, parallel_runs or default)
+    if jax.process_count() == 1:
+        devices = devices[:at_once]  # few runs need few devices
     if jax.process_index() == 0:
         print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", flush=True)
-        if devices[0].platform == "cpu":
+        if on_cpu:
             print('Running on the CPU, as JAX sees no GPU (NVIDIA: pip install "jax[cuda13]")', flush=True)
-    return jax.sharding.Mesh(np.array(devices), ("runs",))
+    mesh = jax.sharding.Mesh(np.array(devices), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
+    return mesh, mesh.size * math.ceil(at_once / mesh.size)
 
 
-def share(mesh, values):
+def all_gather(mesh, values):
     """The ints [n] that each process gives, int32 [devices, n]; waits until every process has called it."""
-    by_run, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
-    rows = jax.make_array_from_callback((mesh.size, len(values)), by_run, lambda _: np.int32([values]))
+    if jax.process_count() == 1:
+        return np.int32([values])
+    split, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
+    rows = jax.make_array_from_callback((mesh.size, len(values)), split, lambda _: np.int32([values]))
     return np.asarray(jax.jit(jnp.copy, out_shardings=copied)(rows))
 
 
 def load_together(args, mesh):
-    """`load` in every process, and what the counts depend on, a dict. Raises Problem if that differs."""
-    for turn in range(2):  # process 0 first: tfds cannot prepare a data set twice at the same time
-        if turn == min(jax.process_index(), 1):
-            images, labels, original = load(args.dataset, args.data_dir)
-        share(mesh, [turn])
+    """`load` in every process, and a dict of what the counts depend on. Raises Problem if that differs."""
+    all_gather(mesh, [0])  # connects: Gloo waits 30 s for that, and process 0 may download for longer
+    if jax.process_index() == 0:  # first, as tfds cannot prepare a data set twice at the same time
+        images, labels, original = load(args.dataset, args.data_dir)
+    all_gather(mesh, [0])
+    if jax.process_index() > 0:
+        images, labels, original = load(args.dataset, args.data_dir)
+    functions = draw_batches, init, predict, loss, train, heldout_correctness
+    algorithm = hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).hexdigest()
     content = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    settings = dict(dataset=Path(args.dataset).stem, content=content, ratios=args.ratios, **args.sgd)
-    job = hashlib.sha256(f"{settings} {args.runs} {args.parallel_runs}".encode()).hexdigest()
-    if len(np.unique(share(mesh, [int(job[:7], 16)]))) > 1:
-        raise Problem("the processes were started with different settings or data")
+    settings = dict(dataset=args.name, content=content, algorithm=algorithm, ratios=args.ratios)
+    settings |= dict(batch_size=args.batch_size, **args.sgd)
+    job = hashlib.sha256(f"{settings} {args.runs} {args.parallel_runs}".encode()).digest()
+    jobs = all_gather(mesh, np.frombuffer(job, np.int32))
+    require((jobs == jobs[0]).all(), "the processes were started with different settings or data")
     return images, labels, original, settings
 
 
-def make_trainer(images, labels, mesh, *, epochs, batch_size, **sgd):
-    """The function run_batch(runs, ratio), for images uint8 [N, ...] and labels, integers [N].
-
-    It starts to train and test runs, int [R], in lockstep, spread evenly over the mesh, and returns at
-    once: their `heldout_correctness`, int8 [R, N]. All processes have to call it alike.
-    """
-    by_run, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
+def make_trainer(images, labels, mesh, *, batch_size, **sgd):
+    """The function train_group(runs, n_subset), for images uint8 [N, height, width, channels], integers [N].
+    It starts to train and test runs, int32 [R], each on n_subset examples, evenly spread over the mesh. It
+    returns a future of their `heldout_correctness`, int8 [R, N]. All processes have to call it alike."""
+    split, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
+    n_examples = len(images)
+    drawn = dict(n_examples=n_examples, epochs=sgd["epochs"], batch_size=batch_size)
     classes, labels = np.unique(labels, return_inverse=True)
-    data = images.reshape(len(images), -1), np.append(labels, -1).astype(np.int32)
-    data = [jax.make_array_from_process_local_data(copied, array) for array in data]
-    one = partial(heldout_correctness, n_classes=len(classes), epochs=epochs, **sgd)
-    many = jax.vmap(one, in_axes=(0, 0, None, None, None, None))
+    labels = np.append(labels, -1).astype(np.int32)
+    images = jax.make_array_from_process_local_data(copied, images)
+    labels = jax.make_array_from_process_local_data(copied, labels)
+
+    one_run = partial(heldout_correctness, n_classes=len(classes), **sgd)
+    many_runs = jax.vmap(one_run, in_axes=(0, 0, None, None, None, None))
     # Devices train and test without each other; only several processes exchange results, at the end.
-    many = jax.jit(many, out_shardings=by_run if jax.process_count() == 1 else copied)
+    many_runs = jax.jit(many_runs, out_shardings=split if jax.process_count() == 1 else copied)
+    launcher = ThreadPoolExecutor(1)  # a GPU holds up the thread that launches a loop until it ends
+    drawers = ThreadPoolExecutor()
 
-    def run_batch(runs, ratio):
-        n, n_examples = round(len(images) * ratio), len(images)
-        draw = partial(draw_batches, n_examples=n_examples, ratio=ratio, epochs=epochs, batch_size=batch_size)
-        shape = len(runs), epochs + 1, math.ceil(n_examples / batch_size), batch_size
-        # JAX asks for the rows of each device of this process, so every process draws for itself alone.
-        batches = jax.make_array_from_callback(shape, by_run, lambda at: np.array([*map(draw, runs[at[0]])]))
-        return many(runs, batches, math.ceil(n / batch_size), math.ceil((n_examples - n) / batch_size), *data)
+    def train_group(runs, n_subset):
+        draw = partial(draw_batches, n_subset=n_subset, **drawn)
+        own_runs = np.split(runs, jax.process_count())[jax.process_index()]
+        batches = jax.make_array_from_process_local_data(split, np.stack([*drawers.map(draw, own_runs)]))
+        n_train_batches = math.ceil(n_subset / batch_size)
+        n_test_batches = math.ceil((n_examples - n_subset) / batch_size)
+        return launcher.submit(many_runs, runs, batches, n_train_batches, n_test_batches, images, labels)
 
-    return run_batch
+    return train_group
 
 
-def write(path, save):
-    """Write what `save(file)` makes to `path`; whoever reads it sees the old file or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def one_ahead(items):
+    """Each item, once the next has been made: so the devices have work while an item is waited for."""
+    ahead = []
+    for item in items:
+        ahead.append(item)
+        if len(ahead) > 1:
+            yield ahead.pop(0)
+    yield from ahead
+
+
+def train_missing(train_group, sizes, n_done, n_runs, width):
+    """Train the runs that are missing at each ratio in groups of `width`, where n_done[k] runs are done at
+    the k-th, whose subsets have sizes[k] examples. Yields (k, correctness int8 [R, N]) of each group."""
+
+    def start_all():
+        for k, n_subset in enumerate(sizes):
+            for first in range(n_done[k], n_runs, width):
+                runs = np.arange(first, first + width, dtype=np.int32)
+                runs = np.minimum(runs, n_runs - 1)  # the last run fills the last group up
+                yield k, n_runs - first, train_group(runs, n_subset)
+
+    for k, n_missing, group in one_ahead(start_all()):
+        yield k, np.asarray(group.result())[:n_missing]
+
+
+def with_progress(trained, ratios, n_done, n_runs, work):
+    """Pass on trained groups, (k, correctness int8 [R, N]), and show how far the job is.
+    The bar is in units of work, so that it can tell the time left; work[k] is that of a run."""
+    layout = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}, {remaining} left]"
+    hidden, diverged = jax.process_index() > 0, False
+    with tqdm(total=n_runs * sum(work), initial=n_done @ work, bar_format=layout, disable=hidden) as bar:
+        for k, correctness in trained:
+            yield k, correctness
+            n_done[k] += len(correctness)
+            bar.n = n_done @ work
+            count, accuracy = (
+                f"{sum(n_done)} of {len(work) * n_runs} runs",
+                correctness[correctness >= 0].mean(),
+            )
+            bar.set_description_str(f"{count}, ratio {ratios[k]:g}, held-out accuracy {accuracy:.4f}")
+            if not diverged and (correctness < 1).all(axis=1).any():
+                diverged = True
+                what = f"warning: at ratio {ratios[k]:g} a model got nothing right that it had not seen"
+                bar.write(f"{what}: if it diverged, try a smaller --learning-rate", file=sys.stderr)
+
+
+# === Files ======================================================================================
+@contextmanager
+def only_job_in(folder):
+    """Hold the lock of a folder, which the system frees with the process. Raises Problem if a job has it."""
+    what = f"another job is at work in {folder}, or it cannot be written"
+    with explained(what, "use another --output-dir, or --distributed for several processes of one job"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = sqlite3.connect(folder / "cscores.lock", timeout=0)  # SQLite can lock a file on any system
+        lock.execute("PRAGMA journal_mode = OFF")
+        lock.execute("BEGIN EXCLUSIVE")
+    with closing(lock):
+        yield
+
+
+def write(path, save, *args, **kwargs):
+    """Write `path` by save(file, *args, **kwargs); whoever reads it sees the old file or the new, never half.
+    Raises Problem if that is impossible; the old file is left alone then."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with explained(f"cannot write {path}", "use another --output-dir"):
         with open(temporary, "wb") as file:
-            save(file)
+            save(file, *args, **kwargs)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_counts(path, settings, shape):
-    """The counts in a checkpoint, which process 0 reads, or zeros: n_heldout and n_correct, int32 [K, N].
-
-    Raises Problem if `path` cannot be read or was made with other settings. It is left alone.
-    """
+    """The counts in a checkpoint, or zeros if there is none: n_heldout and n_correct, int32 [K, N].
+    Only process 0 reads it. Raises Problem if it cannot be read or was made with other settings."""
     if jax.process_index() > 0 or not path.exists():
-        return np.zeros((2, *shape), np.int32)
-    try:
-        with np.load(path) as file:
-            old = json.loads(str(file["settings"]))
-            differ = [f"{name} {old[name]}, not {new}" for name, new in settings.items() if old[name] != new]
-            if "trained" in file and (np.diff(file["trained"].astype(int)) > 0).any():  # an earlier version's
-                differ.append("runs out of order")
-            if differ:
-                raise ValueError(f"made with {'; '.join(differ)}")
-            return file["n_heldout"], file["n_correct"]
-    except Exception as error:  # a damaged file can make numpy, zipfile and json raise almost anything
-        raise Problem(f"cannot go on from {path} ({error}): use another --output-dir") from error
-
-
-def train_missing(args, mesh, run_batch, n_heldout):
-    """Train the runs that n_heldout, int [K, N], does not count yet, in ascending order at each ratio.
-
-    Yields (k, correctness) for each batch of runs: its ratio's row in n_heldout, and int8 [runs, N].
-    """
-    n_examples = n_heldout.shape[1]
-    n_subset = np.rint(n_examples * np.array(args.ratios))
-    if not all((n_subset > 0) & (n_subset < n_examples)) or len(set(args.ratios)) < len(args.ratios):
-        raise Problem(f"--ratios: each, once, must leave some of {n_examples} examples in and some out")
-    done = share(mesh, n_heldout.sum(axis=1) // (n_examples - n_subset))[0]  # process 0 has the checkpoint
-    if done.max() > args.runs:
-        raise Problem(f"{done.max()} runs are done: give --runs that many or use another --output-dir")
-    at_once = args.parallel_runs or mesh.size * (1 if jax.default_backend() == "cpu" else 100)
-    width = math.ceil(min(at_once, args.runs) / mesh.size) * mesh.size
-    started = (  # the last batch is filled up with its last run
-        (k, first, run_batch(np.minimum(np.arange(first, first + width), args.runs - 1), ratio))
-        for k, ratio in enumerate(args.ratios)
-        for first in range(done[k], args.runs, width)
-    )
-    work = args.epochs * n_subset + (n_examples - n_subset) / 2  # to test an example is half the work
-    hidden, total = jax.process_index() > 0, args.runs * work.sum()
-    with tqdm(total=total, initial=done @ work, unit="ex", unit_scale=True, disable=hidden) as bar:
-        # A batch is waited for when the next has been started, so that no device waits for the host.
-        for (k, first, correctness), _ in pairwise(chain(started, [None])):
-            correctness = np.asarray(correctness)[: args.runs - first]
-            yield k, correctness
-            accuracy = correctness[correctness >= 0].mean()
-            bar.set_description(f"ratio {args.ratios[k]:g}, held-out accuracy {accuracy:.4f}", refresh=False)
-            bar.update(len(correctness) * work[k])
+        return np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    with explained(f"cannot go on from {path}", "use another --output-dir"), np.load(path) as file:
+        old = json.loads(str(file["settings"]))
+        differ = [name for name in settings if old.get(name) != settings[name]]
+        require(
+            not differ, "; ".join(f"it has {name} {old.get(name)}, not {settings[name]}" for name in differ)
+        )
+        return file["n_heldout"], file["n_correct"]
 
 
 def draw_figure(images, labels, scores, columns=10):
     """A row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
-
-    images: uint8 [N, height, width, channels]. Returns the picture, uint8 [..., 3]; NaN scores are not shown.
-    """
-    (height, width, channels), classes = images.shape[1:], np.unique(labels)
-    rgb = [0, 1, 2] if channels > 2 else [0, 0, 0]
+    images: uint8 [N, height, width, channels]. Returns the picture, uint8 [..., 3]; NaN scores are not shown."""
+    height, width, channels = images.shape[1:]
+    shown = [0, 1, 2] if channels > 2 else [0, 0, 0]
+    classes = np.unique(labels)
     cells = np.full((len(classes), 2 * columns + 1, height + 2, width + 2, 3), 255, np.uint8)
     for row, label in zip(cells, classes):
         members = np.flatnonzero((labels == label) & ~np.isnan(scores))
-        for start, sign in (0, -1), (columns + 1, 1):
-            best = members[np.argsort(sign * scores[members], kind="stable")][:columns]
-            row[start : start + len(best), 1:-1, 1:-1] = images[best][..., rgb]
+        highest = members[np.argsort(-scores[members], kind="stable")][:columns]
+        lowest = members[np.argsort(scores[members], kind="stable")][:columns]
+        row[: len(highest), 1:-1, 1:-1] = images[highest][..., shown]
+        row[columns + 1 :][: len(lowest), 1:-1, 1:-1] = images[lowest][..., shown]
     return cells.transpose(0, 2, 1, 3, 4).reshape(len(classes) * (height + 2), -1, 3)
 
 
@@ -330,27 +441,32 @@ def write_results(args, images, labels, original, n_heldout, n_correct):
     from matplotlib.image import imsave
 
     scores, profile = cscores(n_heldout, n_correct)
-    kind, order = ("tfds", slice(None)) if original is None else ("orig", np.argsort(original))
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
-    results = {name: array[..., order] for name, array in results.items()}
-    names = "cscores.npy", f"cscores-{kind}-order.npz", f"{Path(args.dataset).stem}-examples.pdf"
-    plain, ordered, figure = (args.output_dir / name for name in names)
-    write(plain, partial(np.save, arr=scores))
-    write(ordered, partial(np.savez_compressed, **results, subset_ratios=np.array(args.ratios)))
-    write(figure, partial(imsave, arr=draw_figure(images, labels, scores), format="pdf", dpi=50))
+    order = "tfds"
+    if original is not None:
+        order = "orig"
+        results = {name: array[..., np.argsort(original)] for name, array in results.items()}
+    plain = args.output_dir / "cscores.npy"
+    ordered = args.output_dir / f"cscores-{order}-order.npz"
+    figure = args.output_dir / f"{args.name}-examples.pdf"
+    write(plain, np.save, scores)
+    write(ordered, np.savez_compressed, **results, subset_ratios=np.array(args.ratios))
+    write(figure, imsave, draw_figure(images, labels, scores), format="pdf", dpi=50)
+
     print("subset ratio      ", *(f"{ratio:<6g}" for ratio in args.ratios))
-    print("held-out accuracy ", *(f"{a:.4f}" for a in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
+    print("held-out accuracy ", *(f"{each:.4f}" for each in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
     print(f"mean C-score       {np.nanmean(scores):.4f} (--runs {args.runs})")
     print("written           ", plain, ordered, figure)
     if missing := np.isnan(scores).sum():
         print(f"warning: {missing} examples, never held out, have no score (NaN): more --runs would fix it")
 
 
+# === The job and its command line ===============================================================
 def parse_args(argv=None):
     """The settings as attributes; exits with one line for those that suit no data set."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], usage=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--dataset", default="mnist", help="FILE.npz, digits (offline) or a tfds set (default %(default)s)")
+    add("--dataset", default="mnist", help=f"{DATASETS} (default %(default)s)")
     add("--data-dir", help="of tfds (default $TFDS_DATA_DIR, or else ~/tensorflow_datasets)")
     add("--output-dir", type=Path, default=".", help="created if missing (default %(default)s)")
     add("--ratios", type=float, nargs="+", help="subset ratios, above 0, below 1 (default 0.1 0.2 ... 0.9)")
@@ -359,32 +475,60 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=128, help="examples in a step of SGD (default %(default)s)")
     add("--learning-rate", type=float, default=0.1, help="step size of SGD (default %(default)s)")
     add("--momentum", type=float, default=0.9, help="momentum of SGD (default %(default)s)")
-    add("--parallel-runs", type=int, help="runs at once, job-wide (default 1 per CPU core, 100 per GPU)")
+    default = f"{RUNS_PER_CORE} per CPU core, {RUNS_PER_GPU} per GPU"
+    add("--parallel-runs", type=int, help=f"runs at once, job-wide (default {default})")
     add("--distributed", nargs="*", metavar="HOST:PORT N I", help="process I of N; give nothing under Slurm")
     args = parser.parse_args(argv)
-    args.ratios = args.ratios or [k / 10 for k in range(1, 10)]
-    args.sgd = {name: vars(args)[name] for name in ("epochs", "batch_size", "learning_rate", "momentum")}
-    if min(args.runs, args.epochs, args.batch_size, args.parallel_runs or 1) < 1 or args.parallel_runs == 0:
+    counts = args.runs, args.epochs, args.batch_size, args.parallel_runs
+    if any(count is not None and count < 1 for count in counts):
         parser.error("--runs, --epochs, --batch-size and --parallel-runs must be at least 1")
     if not 0 < args.learning_rate < np.inf or not 0 <= args.momentum < 1:
         parser.error("--learning-rate must be above 0, and --momentum from 0 to below 1")
+    args.ratios = args.ratios or [k / 10 for k in range(1, 10)]
+    args.sgd = dict(epochs=args.epochs, learning_rate=args.learning_rate, momentum=args.momentum)
+    args.name = Path(Path(args.dataset).name.partition(":")[0]).stem  # of FILE.npz or of SET:VERSION
     return args
 
 
 def main(argv=None):
-    """The whole job: devices, data, checkpoint, the runs that it lacks, results."""
+    """The whole job: settings, and what `estimate` does with them, as the only job in its folder."""
     args = parse_args(argv)
-    mesh = start_mesh(args)
+    with explained("matplotlib does not work", "pip install -r requirements.txt"):
+        importlib.import_module("matplotlib.backends.backend_pdf")  # now, not after the last run
+    set_up_jax(args.distributed)
+    if args.distributed is not None and jax.process_index() > 0:
+        return estimate(args)
+    with only_job_in(args.output_dir):
+        estimate(args)
+
+
+def estimate(args):
+    """Devices, data, checkpoint, the runs that it lacks, results."""
+    mesh, width = choose_devices(args.runs, args.parallel_runs)
     images, labels, original, settings = load_together(args, mesh)
+    n_examples, n_ratios = len(images), len(args.ratios)
+    sizes = np.array([round(n_examples * ratio) if math.isfinite(ratio) else 0 for ratio in args.ratios])
+    fit = min(sizes) > 0 and max(sizes) < n_examples and len(set(args.ratios)) == n_ratios
+    require(fit, f"--ratios: each, once, must leave some of {n_examples} examples in and some out")
+
     checkpoint = args.output_dir / "cscores-checkpoint.npz"
-    n_heldout, n_correct = load_counts(checkpoint, settings, (len(args.ratios), len(labels)))
-    save = partial(np.savez, settings=json.dumps(settings), n_heldout=n_heldout, n_correct=n_correct)
-    run_batch = make_trainer(images, labels, mesh, **args.sgd)
-    for k, correctness in train_missing(args, mesh, run_batch, n_heldout):
+    n_heldout, n_correct = load_counts(checkpoint, settings, (n_ratios, n_examples))
+    n_done = n_heldout.sum(axis=1) // (n_examples - sizes)  # each run holds that many out
+    n_done = all_gather(mesh, n_done)[0]  # process 0 has the checkpoint
+    too_few = f"{max(n_done)} runs are done: give --runs that many or use another --output-dir"
+    require(max(n_done) <= args.runs, too_few)
+
+    train_group = make_trainer(images, labels, mesh, batch_size=args.batch_size, **args.sgd)
+    groups = missing_groups(n_done, args.runs, width)
+    started = ((k, runs, train_group(runs, sizes[k])) for k, runs in groups)
+    trained = ((k, np.asarray(each.result())[: args.runs - runs[0]]) for k, runs, each in one_ahead(started))
+    work = args.epochs * sizes + (n_examples - sizes) / 2  # to test an example is half the work
+    for k, correctness in with_progress(trained, args.ratios, n_done.copy(), args.runs, work):
         n_heldout[k] += (correctness >= 0).sum(axis=0)
         n_correct[k] += (correctness == 1).sum(axis=0)
         if jax.process_index() == 0:
-            write(checkpoint, save)
+            counts = dict(n_heldout=n_heldout, n_correct=n_correct)
+            write(checkpoint, np.savez, settings=json.dumps(settings), **counts)
     if jax.process_index() == 0:
         write_results(args, images, labels, original, n_heldout, n_correct)
 
@@ -392,8 +536,17 @@ def main(argv=None):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would put Ctrl-C off until the devices are done
     try:
-        sys.exit(main())
-    except (Problem, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
-        hint = "" if isinstance(error, Problem) else " (try another --output-dir or fewer --parallel-runs)"
-        print(*f"mnist.py: {error}{hint}".split(), file=sys.stderr)
-        os._exit(1)  # sys.exit would wait for minutes, for the other processes
+        try:
+            main()
+        except BrokenPipeError:  # nobody reads any more, as after `| head -1`: finish the job for its files
+            for stream in sys.stdout, sys.stderr:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            main()
+    except (Problem, MemoryError, jax.errors.JaxRuntimeError) as error:
+        line = " ".join(f"mnist.py: {error}".split())
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
+            line += " (try fewer --parallel-runs)"
+        print(line, file=sys.stderr, flush=True)
+        if jax.distributed.is_initialized():
+            os._exit(1)  # sys.exit would wait for minutes, for the other processes
+        sys.exit(1)

@@ -8,14 +8,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 import mnist
 
 SCRIPT = Path(mnist.__file__)
-SGD = dict(epochs=10, batch_size=128, learning_rate=0.1, momentum=0.9)
+SGD = mnist.parse_args([]).sgd | {"batch_size": mnist.parse_args([]).batch_size}
 DIGITS = ["--dataset", "digits"]
 SMALL = [*DIGITS, "--ratios", "0.3", "0.8", "--epochs", "2", "--parallel-runs", "2"]
 JOB = [*SMALL, "--runs", 12]
@@ -46,7 +45,7 @@ def problem(*args, status=1, **kwargs):
     """Run what must fail; returns its one line, the last on stderr (a progress bar may stand before it)."""
     _, err = run(*args, status=status, **kwargs)
     *before, line = err.strip().split("\n")
-    assert line.startswith("mnist.py: ") and all("ex/s" in bar for bar in before), err
+    assert line.startswith("mnist.py: ") and all(" runs, ratio " in bar or "%|" in bar for bar in before), err
     return line
 
 
@@ -104,14 +103,19 @@ def ends(processes, timeout=120):
 
 
 def mesh(devices=1):
-    return jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("runs",))
+    return mnist.choose_devices(devices)[0]
+
+
+def files(folder):
+    """What a job has left in its folder, apart from the lock."""
+    return sorted(file.name for file in folder.iterdir() if file.name != "cscores.lock")
 
 
 def digits_trainer(devices=1, labels=None, **sgd):
     """A function (runs, ratio) that gives the `heldout_correctness` of runs on the digits, [runs, 1797]."""
     images, digits, _ = mnist.load("digits")
-    run_batch = mnist.make_trainer(images, digits if labels is None else labels, mesh(devices), **SGD | sgd)
-    return lambda runs, ratio: np.asarray(run_batch(np.array(runs), ratio))
+    train_group = mnist.make_trainer(images, digits if labels is None else labels, mesh(devices), **SGD | sgd)
+    return lambda runs, ratio: np.asarray(train_group(np.array(runs), round(len(images) * ratio)).result())
 
 
 def count(correctness):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import HAS_MNIST, SMALL, do, problem, run, same_results
+from helpers import HAS_MNIST, SMALL, do, files, problem, run, same_results
 
 import mnist
 
@@ -29,10 +29,12 @@ def digits_job(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("names", [("x_train", "y_train"), ("images", "labels")])
+@pytest.mark.parametrize(
+    "names", [("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels")]
+)
 def test_an_npz_of_the_digits_gives_the_scores_of_the_digits(digits, digits_job, tmp_path, names):
     images, labels = digits
-    arrays = dict(zip(names, (images[..., 0], labels)))
+    arrays = dict(zip(names, (images[..., 0], labels[:, None])))  # as MedMNIST and Keras's CIFAR have them
     np.savez_compressed(tmp_path / "own.npz", **arrays, x_test=np.zeros(3), names=np.array(["a", None]))
     do(*SMALL, "--runs", 4, "--output-dir", tmp_path, "--dataset", tmp_path / "own.npz")
     assert same_results(tmp_path, digits_job, SCORES)
@@ -76,15 +78,26 @@ PIXELS = np.zeros((6, 4, 4), np.uint8)
 @pytest.mark.parametrize(
     "arrays, says",
     [
-        (dict(x=PIXELS, y=np.arange(6)), "it has x, y"),
+        (dict(x=PIXELS, y=np.arange(6)), "it has x, y, not images and labels"),
         (dict(x_train=PIXELS, labels=np.arange(6)), "it has x_train, labels"),
-        (dict(x_train=PIXELS / 255, y_train=np.arange(6)), "images float64 (6, 4, 4)"),
-        (dict(images=PIXELS[0], labels=np.arange(4)), "images uint8 (4, 4)"),
-        (dict(images=PIXELS[:, :0], labels=np.arange(6)), "images uint8 (6, 0, 4)"),
-        (dict(images=PIXELS, labels=np.arange(5)), "labels int64 (5,)"),
-        (dict(images=PIXELS, labels=np.arange(6)[:, None]), "labels int64 (6, 1)"),
-        (dict(images=PIXELS, labels=np.arange(6.0)), "labels float64"),
-        (dict(images=PIXELS, labels=np.array([*"abcdef"])), "labels <U1"),
+        (
+            dict(x_train=PIXELS / 255, y_train=np.arange(6)),
+            "not float64: np.uint8(images * 255) converts 0 ... 1",
+        ),
+        (dict(images=PIXELS[0], labels=np.arange(4)), "not (4, 4)"),
+        (dict(images=PIXELS[:, :0], labels=np.arange(6)), "not (6, 0, 4)"),
+        (dict(images=PIXELS, labels=np.arange(5)), "integers (6,), not (5,)"),
+        (dict(images=PIXELS, labels=np.eye(6, dtype=int)), "not (6, 6): try labels.argmax(axis=1)"),
+        (dict(images=PIXELS > 0, labels=np.arange(6)), "not bool: np.uint8(images * 255)"),
+        (dict(images=np.zeros((6, 3, 8, 8), np.uint8), labels=np.arange(6)), "images.transpose(0, 2, 3, 1)"),
+        (
+            dict(images=PIXELS, labels=np.arange(6.0)),
+            "not float64: try np.unique(labels, return_inverse=True)[1]",
+        ),
+        (
+            dict(images=PIXELS, labels=np.array([*"abcdef"])),
+            "not <U1: try np.unique(labels, return_inverse=True)[1]",
+        ),
         (dict(images=PIXELS, labels=np.array([*"abcdef"], object)), "allow_pickle=False"),
         ({}, "it has nothing"),
     ],
@@ -96,10 +109,7 @@ def test_arrays_that_do_not_suit(tmp_path, arrays, says):
     with pytest.raises(mnist.Problem) as caught:
         mnist.load(str(path))
     line = str(caught.value)
-    assert line.startswith(f"cannot use --dataset {path} (") and says in line
-    assert (
-        "x_train, y_train or images, labels: uint8 (N, height, width[, channels]) and integers (N,)" in line
-    )
+    assert says in line and "\n" not in line
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not an archive", b"PK\x03\x04 cut off"], ids=str)
@@ -108,7 +118,7 @@ def test_files_that_are_no_npz(tmp_path, content):
         (tmp_path / "own.npz").write_bytes(content)
     with pytest.raises(mnist.Problem) as caught:
         mnist.load(str(tmp_path / "own.npz"))
-    assert f"cannot use --dataset {tmp_path / 'own.npz'} (" in str(caught.value)
+    assert f"cannot load --dataset {tmp_path / 'own.npz'} (" in str(caught.value)
 
 
 def test_npz_and_digits_need_no_tfds(digits, tmp_path):
@@ -119,7 +129,7 @@ def test_npz_and_digits_need_no_tfds(digits, tmp_path):
     run(*SMALL, "--runs", 1, "--output-dir", tmp_path, "--dataset", tmp_path / "own.npz", env=env)
     line = problem("--output-dir", tmp_path / "out", env=env)
     assert "No module named 'tensorflow_datasets'" in line
-    for way_out in "Python 3.13", "--dataset FILE.npz", "--dataset digits":
+    for way_out in "Python 3.13", "FILE.npz", "digits":
         assert way_out in line
 
 
@@ -191,7 +201,7 @@ def test_the_whole_job_on_tfds_mnist(tfds, tmp_path):
     write_mnist(tfds, tmp_path / "data")
     args = ["--ratios", 0.5, "--runs", 3, "--epochs", 1, "--data-dir", tmp_path / "data"]
     _, err = run(*args, "--output-dir", tmp_path / "out")
-    assert [line for line in err.splitlines() if line and "ex/s" not in line] == [], "TensorFlow is silent"
+    assert [line for line in err.splitlines() if line and "%|" not in line] == [], "TensorFlow is silent"
     scores = np.load(tmp_path / "out" / "cscores.npy")
     in_order = np.load(tmp_path / "out" / "cscores-orig-order.npz")
     original = mnist.load("mnist", tmp_path / "data")[2]
@@ -206,7 +216,7 @@ def test_a_tfds_set_whose_original_order_is_unknown(tfds, tmp_path):
     do(*args, "--data-dir", tmp_path, "--output-dir", tmp_path / "out")
     images, labels, original = mnist.load("colour_pictures", tmp_path)
     assert images.shape == (40, 6, 5, 3) and original is None and images[:, 0, 0, 0].max() == 39
-    written = sorted(file.name for file in (tmp_path / "out").iterdir())
+    written = files(tmp_path / "out")
     assert written == [
         "colour_pictures-examples.pdf",
         "cscores-checkpoint.npz",
@@ -233,8 +243,8 @@ def test_unsuitable_tfds_sets(tfds, tmp_path, dataset, settings, says):
     with pytest.raises(mnist.Problem) as caught:
         mnist.load(dataset, tmp_path)
     line = str(caught.value)
-    assert line.startswith(f"cannot use --dataset {dataset} (") and says in line.partition("): ")[0]
-    assert "train split of labeled 8-bit images of one size" in line
+    assert line.startswith(f"cannot load --dataset {dataset} (") and says in line.partition("): ")[0]
+    assert "a labeled tfds set" in line
 
 
 def test_no_network(monkeypatch):
@@ -247,7 +257,7 @@ def test_no_network(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets.core.hashing", SimpleNamespace(Hasher=None))
     with pytest.raises(mnist.Problem) as caught:
         mnist.load("mnist")
-    for part in "storage.googleapis.com", "a network the first time", "--dataset FILE.npz":
+    for part in "storage.googleapis.com", "a network", "FILE.npz":
         assert part in str(caught.value)
 
 
