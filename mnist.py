@@ -61,10 +61,8 @@ def explained(what, advice):
 
 
 # === Data =======================================================================================
-DATASETS = (  # what --dataset takes
-    "FILE.npz with images and labels, digits (scikit-learn's), or a labeled tfds set "
-    "(needs TensorFlow, so Python 3.13 at most, and a network the first time)"
-)
+# What --dataset takes.
+DATASETS = "FILE.npz, digits, or a labeled tfds set (needs TensorFlow, so Python 3.13 at most, and a network)"
 
 
 def load(dataset, data_dir=None):
@@ -215,9 +213,7 @@ def heldout_correctness(run, batches, n_train_batches, n_test_batches, images, l
     def test(i, correctness):
         batch = batches[-1, i]
         logits = predict(params, images[batch])
-        finite = jnp.isfinite(logits).all(
-            axis=-1
-        )  # a model that diverged predicts nothing: argmax would be 0
+        finite = jnp.isfinite(logits).all(axis=-1)  # if not, the model has diverged: argmax would be 0
         correct = finite & (logits.argmax(axis=-1) == labels[batch])
         return correctness.at[batch].set(correct.astype(jnp.int8), mode="drop")
 
@@ -369,10 +365,8 @@ def with_progress(trained, ratios, n_done, n_runs, work):
             yield k, correctness
             n_done[k] += len(correctness)
             bar.n = n_done @ work
-            count, accuracy = (
-                f"{sum(n_done)} of {len(work) * n_runs} runs",
-                correctness[correctness >= 0].mean(),
-            )
+            count = f"{sum(n_done)} of {len(work) * n_runs} runs"
+            accuracy = correctness[correctness >= 0].mean()
             bar.set_description_str(f"{count}, ratio {ratios[k]:g}, held-out accuracy {accuracy:.4f}")
             if not diverged and (correctness < 1).all(axis=1).any():
                 diverged = True
@@ -399,11 +393,14 @@ def write(path, save, *args, **kwargs):
     Raises Problem if that is impossible; the old file is left alone then."""
     temporary = path.with_name(path.name + ".tmp")
     with explained(f"cannot write {path}", "use another --output-dir"):
-        with open(temporary, "wb") as file:
-            save(file, *args, **kwargs)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with open(temporary, "wb") as file:
+                save(file, *args, **kwargs)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def load_counts(path, settings, shape):
@@ -414,15 +411,14 @@ def load_counts(path, settings, shape):
     with explained(f"cannot go on from {path}", "use another --output-dir"), np.load(path) as file:
         old = json.loads(str(file["settings"]))
         differ = [name for name in settings if old.get(name) != settings[name]]
-        require(
-            not differ, "; ".join(f"it has {name} {old.get(name)}, not {settings[name]}" for name in differ)
-        )
+        list_of = "; ".join(f"{name} {old.get(name)}, not {settings[name]}" for name in differ)
+        require(not differ, f"made with {list_of}")
         return file["n_heldout"], file["n_correct"]
 
 
 def draw_figure(images, labels, scores, columns=10):
     """A row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
-    images: uint8 [N, height, width, channels]. Returns the picture, uint8 [..., 3]; NaN scores are not shown."""
+    images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown."""
     height, width, channels = images.shape[1:]
     shown = [0, 1, 2] if channels > 2 else [0, 0, 0]
     classes = np.unique(labels)
@@ -436,10 +432,8 @@ def draw_figure(images, labels, scores, columns=10):
     return cells.transpose(0, 2, 1, 3, 4).reshape(len(classes) * (height + 2), -1, 3)
 
 
-def write_results(args, images, labels, original, n_heldout, n_correct):
-    """Write the scores, the consistency profile and the figure, and print a summary."""
-    from matplotlib.image import imsave
-
+def write_results(args, imsave, images, labels, original, n_heldout, n_correct):
+    """Write the scores, the consistency profile and, by matplotlib's imsave, the figure; print a summary."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
     order = "tfds"
@@ -494,15 +488,14 @@ def main(argv=None):
     """The whole job: settings, and what `estimate` does with them, as the only job in its folder."""
     args = parse_args(argv)
     with explained("matplotlib does not work", "pip install -r requirements.txt"):
-        importlib.import_module("matplotlib.backends.backend_pdf")  # now, not after the last run
+        from matplotlib.image import imsave  # now, not after the last run
     set_up_jax(args.distributed)
-    if args.distributed is not None and jax.process_index() > 0:
-        return estimate(args)
-    with only_job_in(args.output_dir):
-        estimate(args)
+    writes = args.distributed is None or jax.process_index() == 0
+    with only_job_in(args.output_dir) if writes else nullcontext():
+        estimate(args, imsave)
 
 
-def estimate(args):
+def estimate(args, imsave):
     """Devices, data, checkpoint, the runs that it lacks, results."""
     mesh, width = choose_devices(args.runs, args.parallel_runs)
     images, labels, original, settings = load_together(args, mesh)
@@ -519,9 +512,7 @@ def estimate(args):
     require(max(n_done) <= args.runs, too_few)
 
     train_group = make_trainer(images, labels, mesh, batch_size=args.batch_size, **args.sgd)
-    groups = missing_groups(n_done, args.runs, width)
-    started = ((k, runs, train_group(runs, sizes[k])) for k, runs in groups)
-    trained = ((k, np.asarray(each.result())[: args.runs - runs[0]]) for k, runs, each in one_ahead(started))
+    trained = train_missing(train_group, sizes, n_done, args.runs, width)
     work = args.epochs * sizes + (n_examples - sizes) / 2  # to test an example is half the work
     for k, correctness in with_progress(trained, args.ratios, n_done.copy(), args.runs, work):
         n_heldout[k] += (correctness >= 0).sum(axis=0)
@@ -530,7 +521,7 @@ def estimate(args):
             counts = dict(n_heldout=n_heldout, n_correct=n_correct)
             write(checkpoint, np.savez, settings=json.dumps(settings), **counts)
     if jax.process_index() == 0:
-        write_results(args, images, labels, original, n_heldout, n_correct)
+        write_results(args, imsave, images, labels, original, n_heldout, n_correct)
 
 
 if __name__ == "__main__":
