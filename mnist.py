@@ -361,6 +361,7 @@ def with_progress(trained, ratios, n_done, n_runs, work):
     layout = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}, {remaining} left]"
     hidden, diverged = jax.process_index() > 0, False
     with tqdm(total=n_runs * sum(work), initial=n_done @ work, bar_format=layout, disable=hidden) as bar:
+        bar.set_description_str(f"{sum(n_done)} of {len(work) * n_runs} runs")
         for k, correctness in trained:
             yield k, correctness
             n_done[k] += len(correctness)

@@ -22,7 +22,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import mnist
 
-SGD = dict(epochs=10, batch_size=128, learning_rate=0.1, momentum=0.9)
+SETTINGS = mnist.parse_args([])
+SGD = SETTINGS.sgd | {"batch_size": SETTINGS.batch_size}
 
 
 @jax.jit
@@ -37,10 +38,10 @@ def predicts(params, images, labels):
     return mnist.predict(params, images).argmax(axis=1) == labels
 
 
-def sequential(images, labels, run, ratio):
+def sequential(images, labels, run, n_subset):
     """One run: whether each held-out example's label is predicted, bool [held out]."""
-    *epochs, heldout = mnist.draw_batches(run, len(labels), ratio, SGD["epochs"], SGD["batch_size"])
-    params = mnist.init(run, (images.shape[1], 512, 256, int(labels.max()) + 1))
+    *epochs, heldout = mnist.draw_batches(run, len(labels), n_subset, SGD["epochs"], SGD["batch_size"])
+    params = mnist.init(run, images.shape[1:], int(labels.max()) + 1)
     velocity = jax.tree.map(jnp.zeros_like, params)
     for batch in np.concatenate(epochs):
         examples = batch[batch < len(labels)]
@@ -87,29 +88,32 @@ def main():
     parser.add_argument("--full", action="store_true", help="also train 200 runs at each of 9 ratios")
     args = parser.parse_args()
 
-    mesh = mnist.start_mesh(mnist.parse_args([]))
+    mnist.set_up_jax()
+    mesh, runs = mnist.choose_devices(SETTINGS.runs, args.runs)
     devices = mesh.devices
     on_cpu = devices[0].platform == "cpu"
-    runs = args.runs or len(devices) * (1 if on_cpu else 100)  # a multiple of the devices
     images, labels, _ = mnist.load(args.dataset)
-    flat = images.reshape(len(images), -1)
-    run_batch = mnist.make_trainer(images, labels, mesh, **SGD)
+    n, n_subset = len(labels), round(len(labels) * args.ratio)
+    start_group = mnist.make_trainer(images, labels, mesh, **SGD)
 
-    first = seconds(run_batch, np.arange(runs), 0.01)
-    compilation = first - seconds(run_batch, np.arange(runs), 0.01)
-    sequential(flat, labels, 0, args.ratio)
+    def train_group(runs, n_subset):
+        return start_group(runs.astype(np.int32), n_subset).result()
+
+    first = seconds(train_group, np.arange(runs), n // 100)
+    compilation = first - seconds(train_group, np.arange(runs), n // 100)
+    sequential(images, labels, 0, n_subset)
     alone, together, peak = [], [], []
     for repeat in range(args.repeats):
-        alone.append(seconds(sequential, flat, labels, repeat, args.ratio))
-        together.append(seconds(run_batch, np.arange(repeat, repeat + runs), args.ratio) / runs)
+        alone.append(seconds(sequential, images, labels, repeat, n_subset))
+        together.append(seconds(train_group, np.arange(repeat, repeat + runs), n_subset) / runs)
         peak.append(matmul_peak(devices))
     alone, together, peak = map(statistics.median, (alone, together, peak))
-    correctness = np.asarray(run_batch(np.arange(runs), args.ratio)[0])
-    same = np.mean(correctness[correctness >= 0] == sequential(flat, labels, 0, args.ratio))
+    correctness = np.asarray(train_group(np.arange(runs), n_subset)[0])
+    same = np.mean(correctness[correctness >= 0] == sequential(images, labels, 0, n_subset))
 
-    ratios = mnist.parse_args([]).ratios
-    n, n_subset = len(labels), round(len(labels) * args.ratio)
-    first_layer, *others = np.multiply((flat.shape[1], 512, 256), (512, 256, labels.max() + 1)).tolist()
+    ratios = SETTINGS.ratios
+    params = mnist.init(0, images.shape[1:], int(labels.max()) + 1)
+    first_layer, *others = (weights.size for weights, _ in params)
     training, testing = 4 * first_layer + 6 * sum(others), 2 * (first_layer + sum(others))
     flop = SGD["epochs"] * n_subset * training + (n - n_subset) * testing
 
@@ -143,7 +147,7 @@ def main():
         start = time.perf_counter()
         for ratio in ratios:
             for begin in range(0, 200, runs):
-                results = run_batch(np.arange(begin, begin + runs), ratio)
+                results = train_group(np.arange(begin, begin + runs), round(n * ratio))
         jax.block_until_ready(results)
         table("full job, measured", "", f"{(time.perf_counter() - start) / 60:.1f} min")
     table("predictions in common, run 0", "", f"{same:.2%}")
