@@ -421,7 +421,7 @@ def draw_figure(images, labels, scores, columns=10):
     """A row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
     images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown."""
     height, width, channels = images.shape[1:]
-    shown = [0, 1, 2] if channels > 2 else [0, 0, 0]
+    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # of a volume, its middle
     classes = np.unique(labels)
     cells = np.full((len(classes), 2 * columns + 1, height + 2, width + 2, 3), 255, np.uint8)
     for row, label in zip(cells, classes):

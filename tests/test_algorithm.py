@@ -207,7 +207,8 @@ def test_figure_places_the_extremes_of_each_class():
 
 
 @pytest.mark.parametrize(
-    "channels, shown", [(1, [9, 9, 9]), (2, [9, 9, 9]), (3, [9, 10, 11]), (4, [9, 10, 11])]
+    "channels, shown",
+    [(1, [9, 9, 9]), (2, [9, 9, 9]), (3, [9, 10, 11]), (4, [9, 10, 11]), (28, [22, 22, 22])],
 )
 def test_figure_shows_any_number_of_channels(channels, shown):
     images = np.broadcast_to(np.arange(9, 9 + channels, dtype=np.uint8), (2, 5, 5, channels))
