@@ -252,6 +252,7 @@ def set_up_jax(distributed=None):
                 join(address, int(n_processes), int(process), cluster_detection_method="deactivate")
             else:
                 join()
+            jax.devices()  # starts what the processes talk through, which needs the machine's name resolved
 
 
 def choose_devices(n_runs, parallel_runs=None):

@@ -252,6 +252,8 @@ def test_no_network(monkeypatch):
         raise ConnectionError("HTTPSConnectionPool(host='storage.googleapis.com', port=443)")
 
     tfds = SimpleNamespace(load=fail, core=SimpleNamespace())
+    config = SimpleNamespace(set_visible_devices=lambda *_: None)
+    monkeypatch.setitem(sys.modules, "tensorflow", SimpleNamespace(config=config))
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets.core", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "tensorflow_datasets.core.hashing", SimpleNamespace(Hasher=None))
