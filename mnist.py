@@ -362,14 +362,15 @@ def with_progress(trained, ratios, n_done, n_runs, work):
     layout = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}, {remaining} left]"
     hidden, diverged = jax.process_index() > 0, False
     with tqdm(total=n_runs * sum(work), initial=n_done @ work, bar_format=layout, disable=hidden) as bar:
-        bar.set_description_str(f"{sum(n_done)} of {len(work) * n_runs} runs")
+        n_all = len(work) * n_runs
+        bar.set_description_str(f"{sum(n_done)} of {n_all} runs")
         for k, correctness in trained:
             yield k, correctness
             n_done[k] += len(correctness)
             bar.n = n_done @ work
-            count = f"{sum(n_done)} of {len(work) * n_runs} runs"
             accuracy = correctness[correctness >= 0].mean()
-            bar.set_description_str(f"{count}, ratio {ratios[k]:g}, held-out accuracy {accuracy:.4f}")
+            status = f"ratio {ratios[k]:g}, held-out accuracy {accuracy:.4f}"
+            bar.set_description_str(f"{sum(n_done)} of {n_all} runs, {status}")
             if not diverged and (correctness < 1).all(axis=1).any():
                 diverged = True
                 what = f"warning: at ratio {ratios[k]:g} a model got nothing right that it had not seen"

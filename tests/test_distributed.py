@@ -4,7 +4,20 @@ import shutil
 import time
 
 import pytest
-from helpers import DIGITS, JOB, do, ends, files, free_port, launch, n_done, problem, same_results, start
+from helpers import (
+    DIGITS,
+    JOB,
+    do,
+    ends,
+    files,
+    free_port,
+    launch,
+    n_done,
+    problem,
+    same_results,
+    start,
+    wait_for_a_group,
+)
 
 FOUR = [*JOB, "--parallel-runs", 4]
 
@@ -15,12 +28,6 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     do(*FOUR, "--output-dir", folder)
     return folder
-
-
-def wait_for_a_batch(processes, checkpoint):
-    while n_done(checkpoint) == 0:
-        assert processes[0].poll() is None, processes[0].communicate()[1]
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("by_hand", [True, False], ids=["by-hand", "slurm"])
@@ -43,7 +50,7 @@ def test_a_process_dies_and_the_job_is_started_again(alone, tmp_path, victim, st
     folder = tmp_path / "first"
     checkpoint = folder / "cscores-checkpoint.npz"
     processes = launch(2, *FOUR, devices=2, folders=[folder] * 2)
-    wait_for_a_batch(processes, checkpoint)
+    wait_for_a_group(processes[0], checkpoint)
     processes[victim].kill()
     begin = time.perf_counter()
     assert all(status != 0 for status, _, _ in ends(processes))

@@ -23,6 +23,7 @@ from helpers import (
     run,
     same_results,
     start,
+    wait_for_a_group,
 )
 
 import mnist
@@ -44,9 +45,7 @@ def test_64_bits_change_nothing(tiny, tmp_path):
 
 def test_a_second_job_in_the_same_folder_ends_and_the_first_goes_on(tmp_path):
     first = start(*JOB, "--output-dir", tmp_path)
-    while not (tmp_path / "cscores-checkpoint.npz").exists():
-        assert first.poll() is None, first.communicate()[1]
-        time.sleep(0.01)
+    wait_for_a_group(first, tmp_path / "cscores-checkpoint.npz")
     first.send_signal(signal.SIGSTOP)  # it shall not end before the others start
     for other in JOB, TINY:
         line = problem(*other, "--output-dir", tmp_path)
@@ -59,9 +58,7 @@ def test_a_second_job_in_the_same_folder_ends_and_the_first_goes_on(tmp_path):
 
 def test_the_lock_goes_with_the_process(tmp_path):
     process = start(*JOB, "--output-dir", tmp_path)
-    while not (tmp_path / "cscores-checkpoint.npz").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
+    wait_for_a_group(process, tmp_path / "cscores-checkpoint.npz")
     process.kill()
     process.communicate()
     do(*JOB, "--output-dir", tmp_path)
