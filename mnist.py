@@ -1,15 +1,8 @@
 """Estimate the C-score of every MNIST training example.
 
-    python mnist.py --dataset digits --runs 20 --batch-size 100 --output-dir digits    # a try, offline
-    python mnist.py --runs 3                              # MNIST, a first look
-    python mnist.py                                       # MNIST, the full experiment: 9 ratios x 200 runs
-    python mnist.py --dataset own.npz --output-dir own    # your own images and labels
-    srun python mnist.py --distributed                    # on several machines; README has other ways
-
 A C-score is the expected accuracy of a model on an example that was held out of its training set, averaged
-over training-set sizes (Jiang, Zhang, Talwar, Mozer: "Characterizing Structural Regularities of Labeled
-Data in Overparameterized Models", ICML 2021, arXiv 2002.03206). A run trains one model on a random subset
-of the N examples, whose share is the subset ratio. The procedure, by the functions that have its parts:
+over training-set sizes (Jiang, Zhang, Talwar, Mozer, ICML 2021, arXiv 2002.03206). A run trains one model
+on a random subset of the N examples, whose share is the subset ratio. The procedure, by its functions:
 
     for k, ratio in enumerate(ratios):                        # 0.1 ... 0.9
         for run in range(n_runs):                             # 0 ... 199; in fact, a group of runs at once
@@ -22,7 +15,6 @@ of the N examples, whose share is the subset ratio. The procedure, by the functi
 
 import argparse
 import hashlib
-import inspect
 import json
 import logging
 import math
@@ -33,6 +25,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 
 import jax
@@ -45,12 +38,6 @@ class Problem(Exception):
     """Ends the job with one line that says what is wrong and what to do."""
 
 
-def require(condition, text):
-    """Raise Problem unless the condition holds."""
-    if not condition:
-        raise Problem(text)
-
-
 @contextmanager
 def explained(what, advice):
     """Whatever goes wrong inside becomes a Problem that also says what was tried and what to do."""
@@ -61,7 +48,6 @@ def explained(what, advice):
 
 
 # === Data =======================================================================================
-# What --dataset takes.
 DATASETS = "FILE.npz, digits, or a labeled tfds set (needs TensorFlow, so Python 3.13 at most, and a network)"
 
 
@@ -79,20 +65,14 @@ def load(dataset, data_dir=None):
             images, labels, original = load_tfds(dataset, data_dir)
     if labels.shape == (len(images), 1):
         labels = labels[:, 0]
-    check_examples(images, labels)
+    channels_first = images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0 or channels_first:
+        need = f"images must be uint8 (N, height, width[, channels]), not {images.dtype} {images.shape}"
+        raise Problem(f"{need}: try np.uint8(images * 255) or images.transpose(0, 2, 3, 1)")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        need = f"labels must be integers ({len(images)},), not {labels.dtype} {labels.shape}"
+        raise Problem(f"{need}: try labels.argmax(axis=1) or np.unique(labels, return_inverse=True)[1]")
     return images.reshape(*images.shape[:3], -1), labels, original
-
-
-def check_examples(images, labels):
-    """Raise Problem, which tells how to convert them, unless the arrays are images and labels."""
-    need, shape = "images must be uint8 (N, height, width[, channels])", images.shape
-    require(images.dtype == np.uint8, f"{need}, not {images.dtype}: np.uint8(images * 255) converts 0 ... 1")
-    require(images.ndim in (3, 4) and images.size > 0, f"{need}, not {shape}")
-    channels_first = images.ndim == 4 and shape[1] <= 4 < shape[3]
-    require(not channels_first, f"{need}, not {shape}: try images.transpose(0, 2, 3, 1)")
-    need, number = f"labels must be integers ({len(images)},)", "np.unique(labels, return_inverse=True)[1]"
-    require(labels.shape == shape[:1], f"{need}, not {labels.shape}: try labels.argmax(axis=1) if one-hot")
-    require(labels.dtype.kind in "iu", f"{need}, not {labels.dtype}: try {number}")
 
 
 def load_npz(path):
@@ -124,24 +104,21 @@ def load_tfds(dataset, data_dir):
 
     with suppress(RuntimeError):  # TensorFlow is in use already, as in a notebook
         config.set_visible_devices([], "GPU")  # it would take the memory that JAX needs
-    data, info = tfds.load(dataset, split="train", as_supervised=True, data_dir=data_dir, with_info=True)
-    images, labels = next(iter(tfds.as_numpy(data.batch(len(data)))))
-    original = None
-    if info.name in ("mnist", "fashion_mnist", "kmnist"):
-        # tfds sorts a split by the hash of each example's key, which for these sets is its original index.
-        original = np.array(sorted(range(len(labels)), key=Hasher("train").hash_key))
+    examples = tfds.load(dataset, split="train", as_supervised=True, batch_size=-1, data_dir=data_dir)
+    images, labels = tfds.as_numpy(examples)
+    # tfds sorts a split by the hash of each example's key, which for these sets is its original index.
+    keyed_by_index = dataset.partition(":")[0] in ("mnist", "fashion_mnist", "kmnist")
+    original = np.array(sorted(range(len(labels)), key=Hasher("train").hash_key)) if keyed_by_index else None
     return images, labels.astype(np.int32, casting="same_kind"), original
 
 
 # === One run: the algorithm =====================================================================
 def draw_batches(run, n_examples, n_subset, epochs, batch_size):
-    """Draw a run's subset, n of the N examples, and the batches that it trains and tests on.
-    Returns int32 [epochs + 1, ceil(N / B), B], indices of examples: for each epoch the subset, in a new
-    order, and last what is held out. There is room for all N, so that every ratio has the same shape.
-
-    The index N, which is no example, fills batches up. Its label is -1, which `loss` ignores; JAX reads the
-    last image in its place and drops what is written to it. A network that mixes the examples of a batch,
-    as batch normalization does, would see copies of the last image."""
+    """Draw a run's subset, n of the N examples, and the batches that it trains and tests on: int32
+    [epochs + 1, ceil(N / B), B], indices of examples; for each epoch the subset, in a new order, and last
+    what is held out. There is room for all N, so that every ratio has the same shape. The index N, which is
+    no example, fills batches up: its label is -1, which `loss` ignores; JAX reads the last image in its
+    place and drops what is written to it. Batch normalization, say, would see copies of the last image."""
     draws = np.random.RandomState(run)  # the draws of the authors' code, hence the same subsets
     subset = draws.choice(n_examples, n_subset, replace=False)
     heldout = np.delete(np.arange(n_examples), subset)
@@ -160,7 +137,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
     For a network of your own, change this function and `predict`; params may be any pytree of arrays."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
-    keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
+    keys = jax.random.split(jax.random.key(run, impl="threefry2x32"), (len(widths) - 1, 2))
     params = []
     for (key_weights, key_biases), n_in, n_out in zip(keys, widths, widths[1:]):
         weights = glorot(key_weights, (n_out, n_in), jnp.float32)  # [out, in]: measured faster on a CPU
@@ -231,12 +208,9 @@ def cscores(n_heldout, n_correct):
 
 
 # === Many runs, on all devices ==================================================================
-RUNS_PER_CORE = 1  # that train together by default; two were measured to be no faster
-RUNS_PER_GPU = 100  # chosen for memory, not measured
-
-
-def set_up_jax(distributed=None):
-    """Make each CPU core a device, and join the job's other processes if there are any.
+def start_mesh(n_runs, parallel_runs=None, distributed=None):
+    """Start JAX, with each CPU core as a device: all devices of all processes as a mesh "runs"; and how many
+    runs train on it together, which is parallel_runs or a default, made a multiple of the devices.
     distributed: None, or [HOST:PORT, N, I] for process I of N, or [] where Slurm or the like tells that."""
     if jax.config.jax_num_cpu_devices < 0:  # the user has not chosen
         n_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
@@ -244,31 +218,22 @@ def set_up_jax(distributed=None):
             jax.config.update("jax_num_cpu_devices", n_cores)
     if distributed is not None:
         jax.config.update("jax_enable_preemption_service", False)  # it keeps SIGTERM from ending a process
-        join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)
+        address, *numbers = distributed or [None]
+        # Under Slurm, JAX would take one of the machine's GPUs; started by hand, a process has them all.
+        method = "deactivate" if distributed else None
+        how = dict(cluster_detection_method=method, heartbeat_timeout_seconds=30)
         with explained("--distributed", "without Slurm or the like, add HOST:PORT N I"):
-            if distributed:
-                address, n_processes, process = distributed
-                # Under Slurm, JAX would take one of the machine's GPUs; started by hand, it takes all.
-                join(address, int(n_processes), int(process), cluster_detection_method="deactivate")
-            else:
-                join()
-            jax.devices()  # starts what the processes talk through, which needs the machine's name resolved
-
-
-def choose_devices(n_runs, parallel_runs=None):
-    """The job's devices, those of all processes, as a mesh "runs"; and how many runs train on it together,
-    which is parallel_runs or a default, made a multiple of the devices."""
-    with explained("JAX finds no device", "mend what JAX_PLATFORMS asks for, or set JAX_PLATFORMS=cpu"):
+            jax.distributed.initialize(address, *map(int, numbers), **how)
+    with explained("no devices", "try JAX_PLATFORMS=cpu; for --distributed, a host name that resolves"):
         devices = sorted(jax.devices(), key=lambda device: device.process_index)
     on_cpu = devices[0].platform == "cpu"
-    default = len(devices) * (RUNS_PER_CORE if on_cpu else RUNS_PER_GPU)
-    at_once = min(n_runs, parallel_runs or default)
+    per_device = 1 if on_cpu else 100  # two per core were measured to be no faster; 100 is a guess at memory
+    at_once = min(n_runs, parallel_runs or per_device * len(devices))
     if jax.process_count() == 1:
         devices = devices[:at_once]  # few runs need few devices
     if jax.process_index() == 0:
-        print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", flush=True)
-        if on_cpu:
-            print('Running on the CPU, as JAX sees no GPU (NVIDIA: pip install "jax[cuda13]")', flush=True)
+        hint = ' (it sees no GPU; one of NVIDIA needs pip install "jax[cuda13]")' if on_cpu else ""
+        print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}{hint}", file=sys.stderr)
     mesh = jax.sharding.Mesh(np.array(devices), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
     return mesh, mesh.size * math.ceil(at_once / mesh.size)
 
@@ -284,20 +249,20 @@ def all_gather(mesh, values):
 
 def load_together(args, mesh):
     """`load` in every process, and a dict of what the counts depend on. Raises Problem if that differs."""
-    all_gather(mesh, [0])  # connects: Gloo waits 30 s for that, and process 0 may download for longer
-    if jax.process_index() == 0:  # first, as tfds cannot prepare a data set twice at the same time
-        images, labels, original = load(args.dataset, args.data_dir)
-    all_gather(mesh, [0])
-    if jax.process_index() > 0:
-        images, labels, original = load(args.dataset, args.data_dir)
-    functions = draw_batches, init, predict, loss, train, heldout_correctness
-    algorithm = hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).hexdigest()
-    content = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    settings = dict(dataset=args.name, content=content, algorithm=algorithm, ratios=args.ratios)
-    settings |= dict(batch_size=args.batch_size, **args.sgd)
+    first = jax.process_index() == 0  # as tfds cannot prepare a data set twice at the same time
+    for my_turn in first, not first:
+        all_gather(mesh, [0])  # connects, which Gloo wants within 30 s: a download may take longer
+        if my_turn:
+            images, labels, original = load(args.dataset, args.data_dir)
+    source = Path(__file__).read_text()
+    algorithm = source[source.index("def draw_batches") : source.index("def cscores")]
+    settings = dict(dataset=args.name, ratios=args.ratios, **args.training)
+    settings["content"] = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    settings["algorithm"] = hashlib.sha256(algorithm.encode()).hexdigest()
     job = hashlib.sha256(f"{settings} {args.runs} {args.parallel_runs}".encode()).digest()
     jobs = all_gather(mesh, np.frombuffer(job, np.int32))
-    require((jobs == jobs[0]).all(), "the processes were started with different settings or data")
+    if (jobs != jobs[0]).any():
+        raise Problem("the processes were started with different settings or data")
     return images, labels, original, settings
 
 
@@ -307,11 +272,9 @@ def make_trainer(images, labels, mesh, *, batch_size, **sgd):
     returns a future of their `heldout_correctness`, int8 [R, N]. All processes have to call it alike."""
     split, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
     n_examples = len(images)
-    drawn = dict(n_examples=n_examples, epochs=sgd["epochs"], batch_size=batch_size)
     classes, labels = np.unique(labels, return_inverse=True)
-    labels = np.append(labels, -1).astype(np.int32)
     images = jax.make_array_from_process_local_data(copied, images)
-    labels = jax.make_array_from_process_local_data(copied, labels)
+    labels = jax.make_array_from_process_local_data(copied, np.append(labels, -1).astype(np.int32))
 
     one_run = partial(heldout_correctness, n_classes=len(classes), **sgd)
     many_runs = jax.vmap(one_run, in_axes=(0, 0, None, None, None, None))
@@ -319,6 +282,7 @@ def make_trainer(images, labels, mesh, *, batch_size, **sgd):
     many_runs = jax.jit(many_runs, out_shardings=split if jax.process_count() == 1 else copied)
     launcher = ThreadPoolExecutor(1)  # a GPU holds up the thread that launches a loop until it ends
     drawers = ThreadPoolExecutor()
+    drawn = dict(n_examples=n_examples, epochs=sgd["epochs"], batch_size=batch_size)
 
     def train_group(runs, n_subset):
         draw = partial(draw_batches, n_subset=n_subset, **drawn)
@@ -333,12 +297,8 @@ def make_trainer(images, labels, mesh, *, batch_size, **sgd):
 
 def one_ahead(items):
     """Each item, once the next has been made: so the devices have work while an item is waited for."""
-    ahead = []
-    for item in items:
-        ahead.append(item)
-        if len(ahead) > 1:
-            yield ahead.pop(0)
-    yield from ahead
+    for item, _ in pairwise(chain(items, [None])):
+        yield item
 
 
 def train_missing(train_group, sizes, n_done, n_runs, width):
@@ -357,20 +317,18 @@ def train_missing(train_group, sizes, n_done, n_runs, width):
 
 
 def with_progress(trained, ratios, n_done, n_runs, work):
-    """Pass on trained groups, (k, correctness int8 [R, N]), and show how far the job is.
-    The bar is in units of work, so that it can tell the time left; work[k] is that of a run."""
-    layout = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}, {remaining} left]"
-    hidden, diverged = jax.process_index() > 0, False
-    with tqdm(total=n_runs * sum(work), initial=n_done @ work, bar_format=layout, disable=hidden) as bar:
-        n_all = len(work) * n_runs
-        bar.set_description_str(f"{sum(n_done)} of {n_all} runs")
+    """Pass on trained groups, (k, correctness int8 [R, N]), and show how far the job is. The bar is in units
+    of work, so that it can tell the time left; work[k] is that of a run at the k-th ratio."""
+    n_done, diverged = n_done.copy(), False
+    layout = "{percentage:3.0f}%|{bar:20}| {desc}[{elapsed}, {remaining} left]"
+    with tqdm(total=n_runs * sum(work), initial=n_done @ work, bar_format=layout) as bar:
         for k, correctness in trained:
             yield k, correctness
             n_done[k] += len(correctness)
-            bar.n = n_done @ work
             accuracy = correctness[correctness >= 0].mean()
             status = f"ratio {ratios[k]:g}, held-out accuracy {accuracy:.4f}"
-            bar.set_description_str(f"{sum(n_done)} of {n_all} runs, {status}")
+            bar.set_description_str(f"{sum(n_done)} of {len(work) * n_runs} runs, {status} ", refresh=False)
+            bar.update(len(correctness) * work[k])
             if not diverged and (correctness < 1).all(axis=1).any():
                 diverged = True
                 what = f"warning: at ratio {ratios[k]:g} a model got nothing right that it had not seen"
@@ -378,32 +336,25 @@ def with_progress(trained, ratios, n_done, n_runs, work):
 
 
 # === Files ======================================================================================
-@contextmanager
-def only_job_in(folder):
-    """Hold the lock of a folder, which the system frees with the process. Raises Problem if a job has it."""
+def lock(folder):
+    """The lock of a folder, to be closed; the system frees it with the process. Raises Problem if taken."""
     what = f"another job is at work in {folder}, or it cannot be written"
     with explained(what, "use another --output-dir, or --distributed for several processes of one job"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = sqlite3.connect(folder / "cscores.lock", timeout=0)  # SQLite can lock a file on any system
-        lock.execute("PRAGMA journal_mode = OFF")
-        lock.execute("BEGIN EXCLUSIVE")
-    with closing(lock):
-        yield
+        connection = sqlite3.connect(folder / "cscores.lock", timeout=0)  # SQLite can lock on any system
+        connection.execute("BEGIN EXCLUSIVE")
+    return connection
 
 
 def write(path, save, *args, **kwargs):
-    """Write `path` by save(file, *args, **kwargs); whoever reads it sees the old file or the new, never half.
-    Raises Problem if that is impossible; the old file is left alone then."""
+    """Write `path` by save(file, *args, **kwargs); who reads it sees the old file or the new, never half."""
     temporary = path.with_name(path.name + ".tmp")
     with explained(f"cannot write {path}", "use another --output-dir"):
-        try:
-            with open(temporary, "wb") as file:
-                save(file, *args, **kwargs)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open(temporary, "wb") as file:
+            save(file, *args, **kwargs)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def load_counts(path, settings, shape):
@@ -413,9 +364,9 @@ def load_counts(path, settings, shape):
         return np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     with explained(f"cannot go on from {path}", "use another --output-dir"), np.load(path) as file:
         old = json.loads(str(file["settings"]))
-        differ = [name for name in settings if old.get(name) != settings[name]]
-        list_of = "; ".join(f"{name} {old.get(name)}, not {settings[name]}" for name in differ)
-        require(not differ, f"made with {list_of}")
+        differ = [f"{key} {old.get(key)}, not {new}" for key, new in settings.items() if old.get(key) != new]
+        if differ:
+            raise Problem(f"made with {'; '.join(differ)}")
         return file["n_heldout"], file["n_correct"]
 
 
@@ -443,19 +394,14 @@ def write_results(args, imsave, images, labels, original, n_heldout, n_correct):
     if original is not None:
         order = "orig"
         results = {name: array[..., np.argsort(original)] for name, array in results.items()}
-    plain = args.output_dir / "cscores.npy"
-    ordered = args.output_dir / f"cscores-{order}-order.npz"
-    figure = args.output_dir / f"{args.name}-examples.pdf"
-    write(plain, np.save, scores)
-    write(ordered, np.savez_compressed, **results, subset_ratios=np.array(args.ratios))
-    write(figure, imsave, draw_figure(images, labels, scores), format="pdf", dpi=50)
-
-    print("subset ratio      ", *(f"{ratio:<6g}" for ratio in args.ratios))
-    print("held-out accuracy ", *(f"{each:.4f}" for each in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
-    print(f"mean C-score       {np.nanmean(scores):.4f} (--runs {args.runs})")
-    print("written           ", plain, ordered, figure)
-    if missing := np.isnan(scores).sum():
-        print(f"warning: {missing} examples, never held out, have no score (NaN): more --runs would fix it")
+    plain, ordered, figure = "cscores.npy", f"cscores-{order}-order.npz", f"{args.name}-examples.pdf"
+    write(args.output_dir / plain, np.save, scores)
+    write(args.output_dir / ordered, np.savez_compressed, **results, subset_ratios=np.array(args.ratios))
+    write(args.output_dir / figure, imsave, draw_figure(images, labels, scores), format="pdf", dpi=50)
+    print("subset ratio     ", *(f"{ratio:<6g}" for ratio in args.ratios))
+    print("held-out accuracy", *(f"{each:.4f}" for each in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
+    print(f"mean C-score {np.nanmean(scores):.4f}; examples that no run held out: {np.isnan(scores).sum()}")
+    print(f"written to {args.output_dir}: {plain}, {ordered}, {figure}")
 
 
 # === The job and its command line ===============================================================
@@ -472,8 +418,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=128, help="examples in a step of SGD (default %(default)s)")
     add("--learning-rate", type=float, default=0.1, help="step size of SGD (default %(default)s)")
     add("--momentum", type=float, default=0.9, help="momentum of SGD (default %(default)s)")
-    default = f"{RUNS_PER_CORE} per CPU core, {RUNS_PER_GPU} per GPU"
-    add("--parallel-runs", type=int, help=f"runs at once, job-wide (default {default})")
+    add("--parallel-runs", type=int, help="runs at once, job-wide (default: as many as suit the devices)")
     add("--distributed", nargs="*", metavar="HOST:PORT N I", help="process I of N; give nothing under Slurm")
     args = parser.parse_args(argv)
     counts = args.runs, args.epochs, args.batch_size, args.parallel_runs
@@ -482,60 +427,49 @@ def parse_args(argv=None):
     if not 0 < args.learning_rate < np.inf or not 0 <= args.momentum < 1:
         parser.error("--learning-rate must be above 0, and --momentum from 0 to below 1")
     args.ratios = args.ratios or [k / 10 for k in range(1, 10)]
-    args.sgd = dict(epochs=args.epochs, learning_rate=args.learning_rate, momentum=args.momentum)
+    args.training = {name: vars(args)[name] for name in ("epochs", "batch_size", "learning_rate", "momentum")}
     args.name = Path(Path(args.dataset).name.partition(":")[0]).stem  # of FILE.npz or of SET:VERSION
     return args
 
 
 def main(argv=None):
-    """The whole job: settings, and what `estimate` does with them, as the only job in its folder."""
+    """The whole job: devices, data, checkpoint, the runs that it lacks, results."""
     args = parse_args(argv)
     with explained("matplotlib does not work", "pip install -r requirements.txt"):
         from matplotlib.image import imsave  # now, not after the last run
-    set_up_jax(args.distributed)
-    writes = args.distributed is None or jax.process_index() == 0
-    with only_job_in(args.output_dir) if writes else nullcontext():
-        estimate(args, imsave)
+    mesh, width = start_mesh(args.runs, args.parallel_runs, args.distributed)
+    writes = jax.process_index() == 0
+    with closing(lock(args.output_dir)) if writes else nullcontext():
+        images, labels, original, settings = load_together(args, mesh)
+        n_examples = len(images)
+        sizes = np.rint(n_examples * np.array(args.ratios))
+        if not all((sizes > 0) & (sizes < n_examples)) or len(set(args.ratios)) < len(sizes):
+            raise Problem(f"--ratios: each, once, must leave some of {n_examples} examples in and some out")
+        checkpoint = args.output_dir / "cscores-checkpoint.npz"
+        n_heldout, n_correct = load_counts(checkpoint, settings, (len(sizes), n_examples))
+        n_done = all_gather(mesh, n_heldout.sum(axis=1) // (n_examples - sizes))[0]  # process 0 knows
+        if max(n_done) > args.runs:
+            raise Problem(f"{max(n_done)} runs are done: give --runs that many or use another --output-dir")
 
-
-def estimate(args, imsave):
-    """Devices, data, checkpoint, the runs that it lacks, results."""
-    mesh, width = choose_devices(args.runs, args.parallel_runs)
-    images, labels, original, settings = load_together(args, mesh)
-    n_examples, n_ratios = len(images), len(args.ratios)
-    sizes = np.array([round(n_examples * ratio) if math.isfinite(ratio) else 0 for ratio in args.ratios])
-    fit = min(sizes) > 0 and max(sizes) < n_examples and len(set(args.ratios)) == n_ratios
-    require(fit, f"--ratios: each, once, must leave some of {n_examples} examples in and some out")
-
-    checkpoint = args.output_dir / "cscores-checkpoint.npz"
-    n_heldout, n_correct = load_counts(checkpoint, settings, (n_ratios, n_examples))
-    n_done = n_heldout.sum(axis=1) // (n_examples - sizes)  # each run holds that many out
-    n_done = all_gather(mesh, n_done)[0]  # process 0 has the checkpoint
-    too_few = f"{max(n_done)} runs are done: give --runs that many or use another --output-dir"
-    require(max(n_done) <= args.runs, too_few)
-
-    train_group = make_trainer(images, labels, mesh, batch_size=args.batch_size, **args.sgd)
-    trained = train_missing(train_group, sizes, n_done, args.runs, width)
-    work = args.epochs * sizes + (n_examples - sizes) / 2  # to test an example is half the work
-    for k, correctness in with_progress(trained, args.ratios, n_done.copy(), args.runs, work):
-        n_heldout[k] += (correctness >= 0).sum(axis=0)
-        n_correct[k] += (correctness == 1).sum(axis=0)
-        if jax.process_index() == 0:
-            counts = dict(n_heldout=n_heldout, n_correct=n_correct)
-            write(checkpoint, np.savez, settings=json.dumps(settings), **counts)
-    if jax.process_index() == 0:
-        write_results(args, imsave, images, labels, original, n_heldout, n_correct)
+        train_group = make_trainer(images, labels, mesh, **args.training)
+        trained = train_missing(train_group, sizes.astype(int), n_done, args.runs, width)
+        work = args.epochs * sizes + (n_examples - sizes) / 2  # to test an example is half the work
+        if writes:
+            trained = with_progress(trained, args.ratios, n_done, args.runs, work)
+        for k, correctness in trained:
+            n_heldout[k] += (correctness >= 0).sum(axis=0)
+            n_correct[k] += (correctness == 1).sum(axis=0)
+            if writes:
+                counts = dict(n_heldout=n_heldout, n_correct=n_correct)
+                write(checkpoint, np.savez, settings=json.dumps(settings), **counts)
+        if writes:
+            write_results(args, imsave, images, labels, original, n_heldout, n_correct)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python would put Ctrl-C off until the devices are done
     try:
-        try:
-            main()
-        except BrokenPipeError:  # nobody reads any more, as after `| head -1`: finish the job for its files
-            for stream in sys.stdout, sys.stderr:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            main()
+        main()
     except (Problem, MemoryError, jax.errors.JaxRuntimeError) as error:
         line = " ".join(f"mnist.py: {error}".split())
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
