@@ -23,7 +23,7 @@ import signal
 import sqlite3
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -104,8 +104,8 @@ def load_tfds(dataset, data_dir):
 
     with suppress(RuntimeError):  # TensorFlow is in use already, as in a notebook
         config.set_visible_devices([], "GPU")  # it would take the memory that JAX needs
-    examples = tfds.load(dataset, split="train", as_supervised=True, batch_size=-1, data_dir=data_dir)
-    images, labels = tfds.as_numpy(examples)
+    examples = tfds.load(dataset, split="train", as_supervised=True, data_dir=data_dir)
+    images, labels = next(iter(tfds.as_numpy(examples.batch(len(examples)))))
     # tfds sorts a split by the hash of each example's key, which for these sets is its original index.
     keyed_by_index = dataset.partition(":")[0] in ("mnist", "fashion_mnist", "kmnist")
     original = np.array(sorted(range(len(labels)), key=Hasher("train").hash_key)) if keyed_by_index else None
@@ -321,7 +321,8 @@ def with_progress(trained, ratios, n_done, n_runs, work):
     of work, so that it can tell the time left; work[k] is that of a run at the k-th ratio."""
     n_done, diverged = n_done.copy(), False
     layout = "{percentage:3.0f}%|{bar:20}| {desc}[{elapsed}, {remaining} left]"
-    with tqdm(total=n_runs * sum(work), initial=n_done @ work, bar_format=layout) as bar:
+    look = dict(bar_format=layout, disable=jax.process_index() > 0)
+    with tqdm(total=n_runs * sum(work), initial=n_done @ work, **look) as bar:
         for k, correctness in trained:
             yield k, correctness
             n_done[k] += len(correctness)
@@ -349,7 +350,8 @@ def lock(folder):
 def write(path, save, *args, **kwargs):
     """Write `path` by save(file, *args, **kwargs); who reads it sees the old file or the new, never half."""
     temporary = path.with_name(path.name + ".tmp")
-    with explained(f"cannot write {path}", "use another --output-dir"):
+    with explained(f"cannot write {path}", "use another --output-dir"), ExitStack() as in_the_end:
+        in_the_end.callback(temporary.unlink, missing_ok=True)
         with open(temporary, "wb") as file:
             save(file, *args, **kwargs)
             file.flush()
@@ -390,18 +392,17 @@ def write_results(args, imsave, images, labels, original, n_heldout, n_correct):
     """Write the scores, the consistency profile and, by matplotlib's imsave, the figure; print a summary."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
-    order = "tfds"
     if original is not None:
-        order = "orig"
         results = {name: array[..., np.argsort(original)] for name, array in results.items()}
-    plain, ordered, figure = "cscores.npy", f"cscores-{order}-order.npz", f"{args.name}-examples.pdf"
-    write(args.output_dir / plain, np.save, scores)
+    ordered = f"cscores-{'tfds' if original is None else 'orig'}-order.npz"
+    figure = draw_figure(images, labels, scores)
+    write(args.output_dir / "cscores.npy", np.save, scores)
     write(args.output_dir / ordered, np.savez_compressed, **results, subset_ratios=np.array(args.ratios))
-    write(args.output_dir / figure, imsave, draw_figure(images, labels, scores), format="pdf", dpi=50)
+    write(args.output_dir / f"{args.name}-examples.pdf", imsave, figure, format="pdf", dpi=50)
     print("subset ratio     ", *(f"{ratio:<6g}" for ratio in args.ratios))
     print("held-out accuracy", *(f"{each:.4f}" for each in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
     print(f"mean C-score {np.nanmean(scores):.4f}; examples that no run held out: {np.isnan(scores).sum()}")
-    print(f"written to {args.output_dir}: {plain}, {ordered}, {figure}")
+    print(f"written to {args.output_dir}: cscores.npy, {ordered}, {args.name}-examples.pdf")
 
 
 # === The job and its command line ===============================================================
@@ -454,16 +455,15 @@ def main(argv=None):
         train_group = make_trainer(images, labels, mesh, **args.training)
         trained = train_missing(train_group, sizes.astype(int), n_done, args.runs, width)
         work = args.epochs * sizes + (n_examples - sizes) / 2  # to test an example is half the work
-        if writes:
-            trained = with_progress(trained, args.ratios, n_done, args.runs, work)
-        for k, correctness in trained:
+        for k, correctness in with_progress(trained, args.ratios, n_done, args.runs, work):
             n_heldout[k] += (correctness >= 0).sum(axis=0)
             n_correct[k] += (correctness == 1).sum(axis=0)
             if writes:
                 counts = dict(n_heldout=n_heldout, n_correct=n_correct)
                 write(checkpoint, np.savez, settings=json.dumps(settings), **counts)
         if writes:
-            write_results(args, imsave, images, labels, original, n_heldout, n_correct)
+            with suppress(BrokenPipeError):  # nobody reads its summary to the end, as after `| head -1`
+                write_results(args, imsave, images, labels, original, n_heldout, n_correct)
 
 
 if __name__ == "__main__":

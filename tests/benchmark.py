@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import mnist
 
 SETTINGS = mnist.parse_args([])
-SGD = SETTINGS.sgd | {"batch_size": SETTINGS.batch_size}
+SGD = SETTINGS.training
 
 
 @jax.jit
@@ -88,8 +88,7 @@ def main():
     parser.add_argument("--full", action="store_true", help="also train 200 runs at each of 9 ratios")
     args = parser.parse_args()
 
-    mnist.set_up_jax()
-    mesh, runs = mnist.choose_devices(SETTINGS.runs, args.runs)
+    mesh, runs = mnist.start_mesh(SETTINGS.runs, args.runs)
     devices = mesh.devices
     on_cpu = devices[0].platform == "cpu"
     images, labels, _ = mnist.load(args.dataset)

@@ -15,12 +15,13 @@ import pytest
 import mnist
 
 SCRIPT = Path(mnist.__file__)
-SGD = mnist.parse_args([]).sgd | {"batch_size": mnist.parse_args([]).batch_size}
+SGD = mnist.parse_args([]).training
 DIGITS = ["--dataset", "digits"]
 SMALL = [*DIGITS, "--ratios", "0.3", "0.8", "--epochs", "2", "--parallel-runs", "2"]
 JOB = [*SMALL, "--runs", 12]
 TFDS = os.environ.get("TFDS_DATA_DIR", "")
 HAS_MNIST = find_spec("tensorflow_datasets") is not None and os.path.isdir(os.path.join(TFDS, "mnist"))
+needs_mnist = pytest.mark.skipif(not HAS_MNIST, reason="TFDS_DATA_DIR does not hold the real MNIST")
 
 
 def start(*args, through=(), devices=2, env=None, **kwargs):
@@ -43,11 +44,16 @@ def run(*args, status=0, **kwargs):
 
 
 def problem(*args, status=1, **kwargs):
-    """Run what must fail; returns its one line, the last on stderr (a progress bar may stand before it)."""
+    """Run what must fail; returns its one line, the last on stderr."""
     _, err = run(*args, status=status, **kwargs)
-    *before, line = err.strip().split("\n")
-    assert line.startswith("mnist.py: ") and all("%|" in bar for bar in before), err
+    (line,) = errors(err)
+    assert line.startswith("mnist.py: ") and err.endswith(line + "\n"), err
     return line
+
+
+def errors(err):
+    """The lines on stderr, apart from the devices and the progress bar."""
+    return [line for line in err.splitlines() if line and "%|" not in line and not line.startswith("JAX ")]
 
 
 def do(*args):
@@ -76,7 +82,7 @@ def n_done(checkpoint, ratios=(0.3, 0.8)):
 
 def wait_for_a_group(process, checkpoint):
     """Wait until the process has written the counts of its first group of runs."""
-    while n_done(checkpoint) == 0:
+    while n_done(checkpoint) < 2:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
 
@@ -111,7 +117,7 @@ def ends(processes, timeout=120):
 
 
 def mesh(devices=1):
-    return mnist.choose_devices(devices)[0]
+    return mnist.start_mesh(devices)[0]
 
 
 def files(folder):

@@ -64,11 +64,11 @@ def test_the_lock_goes_with_the_process(tmp_path):
     do(*JOB, "--output-dir", tmp_path)
 
 
-@pytest.mark.parametrize("pipe", ["| head -1", "2>&1 | head -1"])
-def test_nobody_reads_the_output(tiny, tmp_path, pipe):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nobody_reads_the_output(tiny, tmp_path, unbuffered):
     words = " ".join(f"'{word}'" for word in [sys.executable, SCRIPT, *TINY, "--output-dir", tmp_path])
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
-    command = ["bash", "-c", f"set -o pipefail; {words} {pipe}"]
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONUNBUFFERED": unbuffered}
+    command = ["bash", "-c", f"set -o pipefail; {words} | head -1"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0 and "mnist.py:" not in done.stderr and "Traceback" not in done.stderr
     assert same_results(tmp_path, tiny)
@@ -76,7 +76,7 @@ def test_nobody_reads_the_output(tiny, tmp_path, pipe):
 
 def test_a_platform_that_is_not_there(tmp_path):
     line = problem(*TINY, "--output-dir", tmp_path, env={"JAX_PLATFORMS": "cuda"})
-    assert "JAX finds no device" in line and "JAX_PLATFORMS=cpu" in line
+    assert "no devices" in line and "JAX_PLATFORMS=cpu" in line
 
 
 def test_a_broken_matplotlib_is_found_before_the_first_run(tmp_path):
@@ -92,8 +92,28 @@ def test_few_runs_use_few_devices():
         (9, 2, 2, 2),
         (9, 5, 4, 8),
     ):
-        mesh, found = mnist.choose_devices(n_runs, parallel_runs)
+        mesh, found = mnist.start_mesh(n_runs, parallel_runs)
         assert (mesh.size, found) == (devices, width)
+
+
+def test_a_notebook_that_uses_jax_first_and_does_several_jobs(tmp_path):
+    code = """if True:
+        import jax, os, sys
+        if sys.argv.pop(1) == "before":
+            jax.devices()
+        import mnist
+        for runs in "1", "2":
+            mnist.main([*sys.argv[1:], "--runs", runs])
+        print("devices", jax.device_count(), "of", len(os.sched_getaffinity(0)))
+    """
+    args = SMALL[: SMALL.index("--parallel-runs")]
+    env = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    env |= {"PYTHONPATH": str(SCRIPT.parent)}
+    for when, devices in ("before", 1), ("after", len(os.sched_getaffinity(0))):
+        command = [sys.executable, "-c", code, when, *args, "--output-dir", str(tmp_path / when)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+        assert f"devices {devices} of" in done.stdout, done.stderr
+        assert "cscores.npy" in files(tmp_path / when)
 
 
 def test_models_that_diverge_predict_nothing(tmp_path, capsys):
@@ -159,10 +179,10 @@ def test_started_by_hand_a_process_has_all_gpus(monkeypatch, where, method):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **kwargs: calls.append((args, kwargs)))
     before = jax.config.jax_enable_preemption_service
-    mnist.set_up_jax(where)
+    mnist.start_mesh(1, distributed=where)
     jax.config.update("jax_enable_preemption_service", before)
     ((args, kwargs),) = calls
-    assert args == (("h:1", 2, 1) if where else ()) and kwargs.get("cluster_detection_method") == method
+    assert args == (("h:1", 2, 1) if where else (None,)) and kwargs.get("cluster_detection_method") == method
 
 
 def test_processes_connect_before_they_load(monkeypatch):
@@ -191,7 +211,7 @@ def test_the_host_draws_while_a_launch_blocks(monkeypatch):
         return np.zeros((2, 1, 8), np.int32)
 
     def job():
-        mesh, width = mnist.choose_devices(1)
+        mesh, width = mnist.start_mesh(1)
         data = np.zeros((8, 2, 2, 1), np.uint8), np.arange(8)
         sgd = dict(epochs=1, batch_size=8, learning_rate=0.1, momentum=0.9)
         train_group = mnist.make_trainer(*data, mesh, **sgd)

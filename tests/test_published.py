@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import HAS_MNIST
+from helpers import needs_mnist
 
 import mnist
 
@@ -34,9 +34,8 @@ def test_the_scores_are_those_of_the_full_experiment(published):
     assert len(np.unique(scores)) > 5000
 
 
+@needs_mnist
 def test_the_order_is_that_of_the_official_files(published):
-    if not HAS_MNIST:
-        pytest.skip("TFDS_DATA_DIR does not hold the real MNIST")
     _, labels, original = mnist.load("mnist")
     assert np.array_equal(published["labels"][original], labels)
     # Mislabeled or illegible, as anyone can see: a shift by one example would not find them.
