@@ -1,15 +1,15 @@
 """Estimate the C-score of every MNIST training example.
 
 A C-score is the expected accuracy of a model on an example that was held out of its training set, averaged
-over training-set sizes (Jiang, Zhang, Talwar, Mozer, ICML 2021, arXiv 2002.03206). A run trains one model
-on a random subset of the N examples, whose share is the subset ratio. The procedure, by its functions:
+over training-set sizes (Jiang, Zhang, Talwar, Mozer, ICML 2021, arXiv 2002.03206). A run trains one model on
+a random subset of the N examples; the subset's share of them is the subset ratio. The procedure:
 
     for k, ratio in enumerate(ratios):                        # 0.1 ... 0.9
         for run in range(n_runs):                             # 0 ... 199; in fact, a group of runs at once
-            batches = draw_batches(run, N, ratio * N, ...)    # of the run's subset, and of what it holds out
-            correct = heldout_correctness(run, batches, ...)  # init, train, predict: int8 [N]
-            n_heldout[k] += correct >= 0                      # -1 is an example of the subset,
-            n_correct[k] += correct == 1                      # 0 one that was held out and mistaken
+            batches = draw_batches(run, N, ratio * N, ...)    # indices of examples, trained on and held out
+            correct = heldout_correctness(run, batches, ...)  # int8 [N]: 1 right, 0 wrong, -1 trained on
+            n_heldout[k] += correct >= 0
+            n_correct[k] += correct == 1
     scores, profile = cscores(n_heldout, n_correct)
 """
 
@@ -44,7 +44,7 @@ def explained(what, advice):
     try:
         yield
     except Exception as error:
-        raise Problem(f"{what} ({str(error)[:200] or repr(error)}): {advice}") from error
+        raise Problem(f"{what} ({str(error)[:300] or repr(error)}): {advice}") from error
 
 
 # === Data =======================================================================================
@@ -65,14 +65,14 @@ def load(dataset, data_dir=None):
             images, labels, original = load_tfds(dataset, data_dir)
     if labels.shape == (len(images), 1):
         labels = labels[:, 0]
-    channels_first = images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]
+    channels_first = images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]  # as PyTorch has them
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0 or channels_first:
         need = f"images must be uint8 (N, height, width[, channels]), not {images.dtype} {images.shape}"
         raise Problem(f"{need}: try np.uint8(images * 255) or images.transpose(0, 2, 3, 1)")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         need = f"labels must be integers ({len(images)},), not {labels.dtype} {labels.shape}"
         raise Problem(f"{need}: try labels.argmax(axis=1) or np.unique(labels, return_inverse=True)[1]")
-    return images.reshape(*images.shape[:3], -1), labels, original
+    return images.reshape(*images.shape[:3], -1), labels, original  # gray images get their one channel
 
 
 def load_npz(path):
@@ -109,17 +109,17 @@ def load_tfds(dataset, data_dir):
     # tfds sorts a split by the hash of each example's key, which for these sets is its original index.
     keyed_by_index = dataset.partition(":")[0] in ("mnist", "fashion_mnist", "kmnist")
     original = np.array(sorted(range(len(labels)), key=Hasher("train").hash_key)) if keyed_by_index else None
-    return images, labels.astype(np.int32, casting="same_kind"), original
+    return images, labels.astype(np.int32, casting="same_kind"), original  # which refuses float labels
 
 
 # === One run: the algorithm =====================================================================
 def draw_batches(run, n_examples, n_subset, epochs, batch_size):
-    """Draw a run's subset, n of the N examples, and the batches that it trains and tests on: int32
-    [epochs + 1, ceil(N / B), B], indices of examples; for each epoch the subset, in a new order, and last
-    what is held out. There is room for all N, so that every ratio has the same shape. The index N, which is
-    no example, fills batches up: its label is -1, which `loss` ignores; JAX reads the last image in its
-    place and drops what is written to it. Batch normalization, say, would see copies of the last image."""
-    draws = np.random.RandomState(run)  # the draws of the authors' code, hence the same subsets
+    """Draw a run's subset, n_subset of the N examples, and its batches, as indices of examples: int32
+    [epochs + 1, ceil(N / B), B]. A row for each epoch is the subset in a new order; the last row is what is
+    held out. So that every ratio has this shape, rows are filled up with the index N, which is no example:
+    its label is -1, which `loss` ignores; JAX reads the last image in its place (which batch normalization
+    would notice, in a network of your own) and drops what `heldout_correctness` writes to it."""
+    draws = np.random.RandomState(run)  # at every ratio, as in the authors' code: hence the same subsets
     subset = draws.choice(n_examples, n_subset, replace=False)
     heldout = np.delete(np.arange(n_examples), subset)
 
@@ -134,7 +134,8 @@ def draw_batches(run, n_examples, n_subset, epochs, batch_size):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     image_shape: (height, width, channels); hidden: the widths of the layers between image and logits.
-    For a network of your own, change this function and `predict`; params may be any pytree of arrays."""
+    For a network of your own, change this function and `predict`; params may be any pytree of float arrays.
+    `predict` serves training and test alike: dropout or augmentation need a key in `loss` and `train`."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run, impl="threefry2x32"), (len(widths) - 1, 2))
@@ -183,7 +184,7 @@ def train(params, batches, n_train_batches, images, labels, *, epochs, learning_
 
 def heldout_correctness(run, batches, n_train_batches, n_test_batches, images, labels, *, n_classes, **sgd):
     """Train a run and test it: int8 [N], 1 where it predicts the label, 0 where not, -1 if not held out.
-    batches, images, labels and sgd are those of `train`; what is held out fills n_test_batches."""
+    sgd: epochs, learning_rate, momentum; what is held out fills n_test_batches of the last row of batches."""
     params = init(run, images.shape[1:], n_classes)
     params = train(params, batches, n_train_batches, images, labels, **sgd)
 
@@ -203,15 +204,14 @@ def cscores(n_heldout, n_correct):
     its C-score is the mean over the ratios at which a run held it out. NaN: there is no estimate."""
     with np.errstate(invalid="ignore"):
         profile = n_correct / n_heldout
-        scores = np.nansum(profile, axis=0) / np.sum(n_heldout > 0, axis=0)
-    return scores, profile
+        return np.nansum(profile, axis=0) / np.sum(n_heldout > 0, axis=0), profile
 
 
 # === Many runs, on all devices ==================================================================
 def start_mesh(n_runs, parallel_runs=None, distributed=None):
-    """Start JAX, with each CPU core as a device: all devices of all processes as a mesh "runs"; and how many
-    runs train on it together, which is parallel_runs or a default, made a multiple of the devices.
-    distributed: None, or [HOST:PORT, N, I] for process I of N, or [] where Slurm or the like tells that."""
+    """Start JAX, with each CPU core as a device. Returns a mesh "runs" of all devices of all processes, and
+    the size of a group of runs, which train at once: parallel_runs or a default, rounded up to fill the mesh.
+    distributed: None, or [HOST:PORT, P, I] for process I of P, or [] where Slurm or the like tells that."""
     if jax.config.jax_num_cpu_devices < 0:  # the user has not chosen
         n_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         with suppress(RuntimeError):  # JAX is in use already, as in a notebook, and keeps its devices
@@ -219,27 +219,25 @@ def start_mesh(n_runs, parallel_runs=None, distributed=None):
     if distributed is not None:
         jax.config.update("jax_enable_preemption_service", False)  # it keeps SIGTERM from ending a process
         address, *numbers = distributed or [None]
-        # Under Slurm, JAX would take one of the machine's GPUs; started by hand, a process has them all.
+        # Started by hand, a process has all GPUs of its machine, even where Slurm has JAX take one.
         method = "deactivate" if distributed else None
         how = dict(cluster_detection_method=method, heartbeat_timeout_seconds=30)
         with explained("--distributed", "without Slurm or the like, add HOST:PORT N I"):
             jax.distributed.initialize(address, *map(int, numbers), **how)
     with explained("no devices", "try JAX_PLATFORMS=cpu; for --distributed, a host name that resolves"):
-        devices = sorted(jax.devices(), key=lambda device: device.process_index)
-    on_cpu = devices[0].platform == "cpu"
-    per_device = 1 if on_cpu else 100  # two per core were measured to be no faster; 100 is a guess at memory
-    at_once = min(n_runs, parallel_runs or per_device * len(devices))
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)  # a process's side by side
+    default = len(devices) * (1 if devices[0].platform == "cpu" else 100)  # 2 per core are no faster
+    group_size = min(n_runs, parallel_runs or default)
     if jax.process_count() == 1:
-        devices = devices[:at_once]  # few runs need few devices
+        devices = devices[:group_size]  # few runs need few devices
     if jax.process_index() == 0:
-        hint = ' (it sees no GPU; one of NVIDIA needs pip install "jax[cuda13]")' if on_cpu else ""
-        print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}{hint}", file=sys.stderr)
+        print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     mesh = jax.sharding.Mesh(np.array(devices), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
-    return mesh, mesh.size * math.ceil(at_once / mesh.size)
+    return mesh, mesh.size * math.ceil(group_size / mesh.size)
 
 
 def all_gather(mesh, values):
-    """The ints [n] that each process gives, int32 [devices, n]; waits until every process has called it."""
+    """The ints [n] of each process, in a row of its own for each device, int32; waits for all processes."""
     if jax.process_count() == 1:
         return np.int32([values])
     split, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
@@ -248,17 +246,18 @@ def all_gather(mesh, values):
 
 
 def load_together(args, mesh):
-    """`load` in every process, and a dict of what the counts depend on. Raises Problem if that differs."""
-    first = jax.process_index() == 0  # as tfds cannot prepare a data set twice at the same time
-    for my_turn in first, not first:
-        all_gather(mesh, [0])  # connects, which Gloo wants within 30 s: a download may take longer
-        if my_turn:
-            images, labels, original = load(args.dataset, args.data_dir)
-    source = Path(__file__).read_text()
+    """`load` in every process, and a dict of all that the counts depend on. Problem if processes disagree."""
+    all_gather(mesh, [0])  # connect: Gloo waits 30 s for that, and process 0 may download for longer
+    if jax.process_index() == 0:
+        images, labels, original = load(args.dataset, args.data_dir)
+    all_gather(mesh, [0])  # wait for process 0, as tfds cannot prepare a data set twice at the same time
+    if jax.process_index() > 0:
+        images, labels, original = load(args.dataset, args.data_dir)
+    source = Path(__file__).read_text()  # after an edit, even of a comment there, checkpoints are refused
     algorithm = source[source.index("def draw_batches") : source.index("def cscores")]
     settings = dict(dataset=args.name, ratios=args.ratios, **args.training)
-    settings["content"] = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    settings["algorithm"] = hashlib.sha256(algorithm.encode()).hexdigest()
+    settings["content"] = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
+    settings["algorithm"] = hashlib.sha256(algorithm.encode()).hexdigest()[:16]
     job = hashlib.sha256(f"{settings} {args.runs} {args.parallel_runs}".encode()).digest()
     jobs = all_gather(mesh, np.frombuffer(job, np.int32))
     if (jobs != jobs[0]).any():
@@ -267,9 +266,9 @@ def load_together(args, mesh):
 
 
 def make_trainer(images, labels, mesh, *, batch_size, **sgd):
-    """The function train_group(runs, n_subset), for images uint8 [N, height, width, channels], integers [N].
-    It starts to train and test runs, int32 [R], each on n_subset examples, evenly spread over the mesh. It
-    returns a future of their `heldout_correctness`, int8 [R, N]. All processes have to call it alike."""
+    """Put images, uint8 [N, height, width, channels], and labels, integers [N], on all devices. Returns
+    train_group(runs, n_subset), which starts these runs, int32 [R], spread over the mesh, each on n_subset
+    examples, and returns a future of `heldout_correctness`, int8 [R, N]. All processes call it alike."""
     split, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
     n_examples = len(images)
     classes, labels = np.unique(labels, return_inverse=True)
@@ -277,17 +276,17 @@ def make_trainer(images, labels, mesh, *, batch_size, **sgd):
     labels = jax.make_array_from_process_local_data(copied, np.append(labels, -1).astype(np.int32))
 
     one_run = partial(heldout_correctness, n_classes=len(classes), **sgd)
-    many_runs = jax.vmap(one_run, in_axes=(0, 0, None, None, None, None))
+    many_runs = jax.vmap(one_run, in_axes=(0, 0, None, None, None, None))  # run, batches; the rest is shared
     # Devices train and test without each other; only several processes exchange results, at the end.
     many_runs = jax.jit(many_runs, out_shardings=split if jax.process_count() == 1 else copied)
-    launcher = ThreadPoolExecutor(1)  # a GPU holds up the thread that launches a loop until it ends
+    launcher = ThreadPoolExecutor(1)  # on a GPU, the call of a jitted loop blocks until the loop ends
     drawers = ThreadPoolExecutor()
-    drawn = dict(n_examples=n_examples, epochs=sgd["epochs"], batch_size=batch_size)
+    draw = partial(draw_batches, n_examples=n_examples, epochs=sgd["epochs"], batch_size=batch_size)
 
     def train_group(runs, n_subset):
-        draw = partial(draw_batches, n_subset=n_subset, **drawn)
-        own_runs = np.split(runs, jax.process_count())[jax.process_index()]
-        batches = jax.make_array_from_process_local_data(split, np.stack([*drawers.map(draw, own_runs)]))
+        own_runs = np.split(runs, jax.process_count())[jax.process_index()]  # of this process's devices
+        batches = np.stack([*drawers.map(partial(draw, n_subset=n_subset), own_runs)])
+        batches = jax.make_array_from_process_local_data(split, batches)  # of all runs, everywhere
         n_train_batches = math.ceil(n_subset / batch_size)
         n_test_batches = math.ceil((n_examples - n_subset) / batch_size)
         return launcher.submit(many_runs, runs, batches, n_train_batches, n_test_batches, images, labels)
@@ -296,42 +295,41 @@ def make_trainer(images, labels, mesh, *, batch_size, **sgd):
 
 
 def one_ahead(items):
-    """Each item, once the next has been made: so the devices have work while an item is waited for."""
+    """Each item, after the next has been drawn, too: so the next group runs while this one is waited for."""
     for item, _ in pairwise(chain(items, [None])):
         yield item
 
 
-def train_missing(train_group, sizes, n_done, n_runs, width):
-    """Train the runs that are missing at each ratio in groups of `width`, where n_done[k] runs are done at
-    the k-th, whose subsets have sizes[k] examples. Yields (k, correctness int8 [R, N]) of each group."""
+def train_missing(train_group, sizes, n_done, n_runs, group_size):
+    """Train the runs that are missing at each ratio, where n_done[k] runs are done at the k-th, whose subsets
+    have sizes[k] examples. Yields (k, correctness int8 [R, N]) of each group of runs."""
 
     def start_all():
         for k, n_subset in enumerate(sizes):
-            for first in range(n_done[k], n_runs, width):
-                runs = np.arange(first, first + width, dtype=np.int32)
-                runs = np.minimum(runs, n_runs - 1)  # the last run fills the last group up
-                yield k, n_runs - first, train_group(runs, n_subset)
+            for first in range(n_done[k], n_runs, group_size):
+                runs = np.arange(first, first + group_size, dtype=np.int32)
+                runs = np.minimum(runs, n_runs - 1)  # the last group is filled up with copies of the last run
+                yield k, min(group_size, n_runs - first), train_group(runs, n_subset)
 
-    for k, n_missing, group in one_ahead(start_all()):
-        yield k, np.asarray(group.result())[:n_missing]
+    for k, n_real, group in one_ahead(start_all()):
+        yield k, np.asarray(group.result())[:n_real]
 
 
 def with_progress(trained, ratios, n_done, n_runs, work):
     """Pass on trained groups, (k, correctness int8 [R, N]), and show how far the job is. The bar is in units
     of work, so that it can tell the time left; work[k] is that of a run at the k-th ratio."""
-    n_done, diverged = n_done.copy(), False
+    done, quiet = sum(n_done), jax.process_index() > 0
     layout = "{percentage:3.0f}%|{bar:20}| {desc}[{elapsed}, {remaining} left]"
-    look = dict(bar_format=layout, disable=jax.process_index() > 0)
-    with tqdm(total=n_runs * sum(work), initial=n_done @ work, **look) as bar:
+    with tqdm(total=n_runs * sum(work), initial=n_done @ work, bar_format=layout, disable=quiet) as bar:
         for k, correctness in trained:
             yield k, correctness
-            n_done[k] += len(correctness)
+            done += len(correctness)
             accuracy = correctness[correctness >= 0].mean()
             status = f"ratio {ratios[k]:g}, held-out accuracy {accuracy:.4f}"
-            bar.set_description_str(f"{sum(n_done)} of {len(work) * n_runs} runs, {status} ", refresh=False)
+            bar.set_description_str(f"{done} of {len(work) * n_runs} runs, {status} ", refresh=False)
             bar.update(len(correctness) * work[k])
-            if not diverged and (correctness < 1).all(axis=1).any():
-                diverged = True
+            if not quiet and (correctness < 1).all(axis=1).any():
+                quiet = True  # it is enough to hear it once
                 what = f"warning: at ratio {ratios[k]:g} a model got nothing right that it had not seen"
                 bar.write(f"{what}: if it diverged, try a smaller --learning-rate", file=sys.stderr)
 
@@ -351,7 +349,7 @@ def write(path, save, *args, **kwargs):
     """Write `path` by save(file, *args, **kwargs); who reads it sees the old file or the new, never half."""
     temporary = path.with_name(path.name + ".tmp")
     with explained(f"cannot write {path}", "use another --output-dir"), ExitStack() as in_the_end:
-        in_the_end.callback(temporary.unlink, missing_ok=True)
+        in_the_end.callback(temporary.unlink, missing_ok=True)  # it is there only if something failed
         with open(temporary, "wb") as file:
             save(file, *args, **kwargs)
             file.flush()
@@ -368,7 +366,7 @@ def load_counts(path, settings, shape):
         old = json.loads(str(file["settings"]))
         differ = [f"{key} {old.get(key)}, not {new}" for key, new in settings.items() if old.get(key) != new]
         if differ:
-            raise Problem(f"made with {'; '.join(differ)}")
+            raise ValueError(f"made with {'; '.join(differ)}")
         return file["n_heldout"], file["n_correct"]
 
 
@@ -376,7 +374,7 @@ def draw_figure(images, labels, scores, columns=10):
     """A row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
     images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown."""
     height, width, channels = images.shape[1:]
-    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # of a volume, its middle
+    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # of a volume's slices, the middle
     classes = np.unique(labels)
     cells = np.full((len(classes), 2 * columns + 1, height + 2, width + 2, 3), 255, np.uint8)
     for row, label in zip(cells, classes):
@@ -389,7 +387,7 @@ def draw_figure(images, labels, scores, columns=10):
 
 
 def write_results(args, imsave, images, labels, original, n_heldout, n_correct):
-    """Write the scores, the consistency profile and, by matplotlib's imsave, the figure; print a summary."""
+    """Write the scores in the order of the images, all results in the original order if known, the figure."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
     if original is not None:
@@ -407,7 +405,7 @@ def write_results(args, imsave, images, labels, original, n_heldout, n_correct):
 
 # === The job and its command line ===============================================================
 def parse_args(argv=None):
-    """The settings as attributes; exits with one line for those that suit no data set."""
+    """The settings, and name (the data set's), training (SGD's). Exits with one line if they suit no data."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--dataset", default="mnist", help=f"{DATASETS} (default %(default)s)")
@@ -428,6 +426,8 @@ def parse_args(argv=None):
     if not 0 < args.learning_rate < np.inf or not 0 <= args.momentum < 1:
         parser.error("--learning-rate must be above 0, and --momentum from 0 to below 1")
     args.ratios = args.ratios or [k / 10 for k in range(1, 10)]
+    if not all(0 < ratio < 1 for ratio in args.ratios) or len(set(args.ratios)) < len(args.ratios):
+        parser.error("--ratios must be above 0 and below 1, each given once")
     args.training = {name: vars(args)[name] for name in ("epochs", "batch_size", "learning_rate", "momentum")}
     args.name = Path(Path(args.dataset).name.partition(":")[0]).stem  # of FILE.npz or of SET:VERSION
     return args
@@ -438,30 +438,30 @@ def main(argv=None):
     args = parse_args(argv)
     with explained("matplotlib does not work", "pip install -r requirements.txt"):
         from matplotlib.image import imsave  # now, not after the last run
-    mesh, width = start_mesh(args.runs, args.parallel_runs, args.distributed)
-    writes = jax.process_index() == 0
-    with closing(lock(args.output_dir)) if writes else nullcontext():
+    mesh, group_size = start_mesh(args.runs, args.parallel_runs, args.distributed)
+    with closing(lock(args.output_dir)) if jax.process_index() == 0 else nullcontext():
         images, labels, original, settings = load_together(args, mesh)
         n_examples = len(images)
-        sizes = np.rint(n_examples * np.array(args.ratios))
-        if not all((sizes > 0) & (sizes < n_examples)) or len(set(args.ratios)) < len(sizes):
-            raise Problem(f"--ratios: each, once, must leave some of {n_examples} examples in and some out")
+        sizes = np.rint(n_examples * np.array(args.ratios)).astype(int)
+        if min(sizes) == 0 or max(sizes) == n_examples:
+            raise Problem(f"--ratios: each must leave some of the {n_examples} examples in, and some out")
         checkpoint = args.output_dir / "cscores-checkpoint.npz"
         n_heldout, n_correct = load_counts(checkpoint, settings, (len(sizes), n_examples))
-        n_done = all_gather(mesh, n_heldout.sum(axis=1) // (n_examples - sizes))[0]  # process 0 knows
+        n_done = n_heldout.sum(axis=1) // (n_examples - sizes)  # as each run holds so many out
+        n_done = all_gather(mesh, n_done)[0]  # process 0's, which alone has read the checkpoint
         if max(n_done) > args.runs:
             raise Problem(f"{max(n_done)} runs are done: give --runs that many or use another --output-dir")
 
         train_group = make_trainer(images, labels, mesh, **args.training)
-        trained = train_missing(train_group, sizes.astype(int), n_done, args.runs, width)
+        trained = train_missing(train_group, sizes, n_done, args.runs, group_size)
         work = args.epochs * sizes + (n_examples - sizes) / 2  # to test an example is half the work
         for k, correctness in with_progress(trained, args.ratios, n_done, args.runs, work):
             n_heldout[k] += (correctness >= 0).sum(axis=0)
             n_correct[k] += (correctness == 1).sum(axis=0)
-            if writes:
+            if jax.process_index() == 0:
                 counts = dict(n_heldout=n_heldout, n_correct=n_correct)
                 write(checkpoint, np.savez, settings=json.dumps(settings), **counts)
-        if writes:
+        if jax.process_index() == 0:
             with suppress(BrokenPipeError):  # nobody reads its summary to the end, as after `| head -1`
                 write_results(args, imsave, images, labels, original, n_heldout, n_correct)
 

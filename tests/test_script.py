@@ -42,7 +42,7 @@ def finished(tmp_path_factory):
 
 def test_smoke(finished):
     folder, out, err = finished
-    assert f"JAX {jax.__version__} on 2 x cpu (it sees no GPU" in err
+    assert f"JAX {jax.__version__} on 2 x cpu\n" in err
     assert re.search(r"subset ratio +0.3 +0.8", out) and re.search(r"mean C-score +0\.\d{4}", out)
     assert "held-out accuracy" in out and f"written to {folder}: " in out and "digits-examples.pdf" in out
     assert "24 of 24 runs, ratio 0.8" in err and "tensorflow" not in (out + err).lower()
@@ -183,6 +183,12 @@ def test_disk_full(finished, tmp_path):
     "args, says",
     [
         (["--ratios"], "--ratios"),
+        (["--ratios", "0.5", "1"], "--ratios"),
+        (["--ratios", "0"], "--ratios"),
+        (["--ratios", "-0.5"], "--ratios"),
+        (["--ratios", "nan"], "--ratios"),
+        (["--ratios", "inf"], "--ratios"),
+        (["--ratios", "0.5", "0.50"], "--ratios"),
         (["--runs", "0"], "--runs"),
         (["--epochs", "-1"], "--epochs"),
         (["--batch-size", "0"], "--batch-size"),
@@ -201,12 +207,10 @@ def test_wrong_usage(tmp_path, capsys, args, says):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "ratios", [[0.5, 1], [0], [-0.5], ["nan"], ["inf"], [0.5, "0.50"], [0.0001], [0.9999]]
-)
-def test_ratios_that_do_not_suit_the_data(tmp_path, ratios):
-    line = refused(*DIGITS, "--output-dir", tmp_path, "--ratios", *ratios)
-    assert "--ratios: each, once, must leave some of 1797 examples in and some out" in line
+@pytest.mark.parametrize("ratio", [0.0001, 0.9999])
+def test_ratios_that_do_not_suit_the_data(tmp_path, ratio):
+    line = refused(*DIGITS, "--output-dir", tmp_path, "--ratios", 0.5, ratio)
+    assert "--ratios: each must leave some of the 1797 examples in, and some out" in line
     assert files(tmp_path) == []
 
 
