@@ -117,9 +117,9 @@ def draw_batches(run, n_examples, n_subset, epochs, batch_size):
     """Draw a run's subset, n_subset of the N examples, and its batches, as indices of examples: int32
     [epochs + 1, ceil(N / B), B]. A row for each epoch is the subset in a new order; the last row is what is
     held out. So that every ratio has this shape, rows are filled up with the index N, which is no example:
-    its label is -1, which `loss` ignores; JAX reads the last image in its place (which batch normalization
-    would notice, in a network of your own) and drops what `heldout_correctness` writes to it."""
-    draws = np.random.RandomState(run)  # at every ratio, as in the authors' code: hence the same subsets
+    its label, which `make_trainer` appends, is -1, and `loss` ignores it; JAX reads the last image in its
+    place (batch normalization, in a network of your own, would notice) and drops what is written to it."""
+    draws = np.random.RandomState(run)  # one seed for all ratios, as the authors do, to get their subsets
     subset = draws.choice(n_examples, n_subset, replace=False)
     heldout = np.delete(np.arange(n_examples), subset)
 
@@ -219,10 +219,10 @@ def start_mesh(n_runs, parallel_runs=None, distributed=None):
     if distributed is not None:
         jax.config.update("jax_enable_preemption_service", False)  # it keeps SIGTERM from ending a process
         address, *numbers = distributed or [None]
-        # Started by hand, a process has all GPUs of its machine, even where Slurm has JAX take one.
+        # Under Slurm, JAX takes one GPU per process; a process started by hand is to take all of its machine.
         method = "deactivate" if distributed else None
         how = dict(cluster_detection_method=method, heartbeat_timeout_seconds=30)
-        with explained("--distributed", "without Slurm or the like, add HOST:PORT N I"):
+        with explained("--distributed", "without Slurm or the like, add HOST:PORT P I"):
             jax.distributed.initialize(address, *map(int, numbers), **how)
     with explained("no devices", "try JAX_PLATFORMS=cpu; for --distributed, a host name that resolves"):
         devices = sorted(jax.devices(), key=lambda device: device.process_index)  # a process's side by side
@@ -237,7 +237,7 @@ def start_mesh(n_runs, parallel_runs=None, distributed=None):
 
 
 def all_gather(mesh, values):
-    """The ints [n] of each process, in a row of its own for each device, int32; waits for all processes."""
+    """Each process's ints [n] as rows, int32: one row per device, or one in all if alone. Waits for all."""
     if jax.process_count() == 1:
         return np.int32([values])
     split, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
@@ -253,7 +253,7 @@ def load_together(args, mesh):
     all_gather(mesh, [0])  # wait for process 0, as tfds cannot prepare a data set twice at the same time
     if jax.process_index() > 0:
         images, labels, original = load(args.dataset, args.data_dir)
-    source = Path(__file__).read_text()  # after an edit, even of a comment there, checkpoints are refused
+    source = Path(__file__).read_text()  # an edit of the algorithm, even of a comment, voids checkpoints
     algorithm = source[source.index("def draw_batches") : source.index("def cscores")]
     settings = dict(dataset=args.name, ratios=args.ratios, **args.training)
     settings["content"] = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
@@ -286,7 +286,7 @@ def make_trainer(images, labels, mesh, *, batch_size, **sgd):
     def train_group(runs, n_subset):
         own_runs = np.split(runs, jax.process_count())[jax.process_index()]  # of this process's devices
         batches = np.stack([*drawers.map(partial(draw, n_subset=n_subset), own_runs)])
-        batches = jax.make_array_from_process_local_data(split, batches)  # of all runs, everywhere
+        batches = jax.make_array_from_process_local_data(split, batches)  # now of all runs, sharded by run
         n_train_batches = math.ceil(n_subset / batch_size)
         n_test_batches = math.ceil((n_examples - n_subset) / batch_size)
         return launcher.submit(many_runs, runs, batches, n_train_batches, n_test_batches, images, labels)
@@ -295,7 +295,7 @@ def make_trainer(images, labels, mesh, *, batch_size, **sgd):
 
 
 def one_ahead(items):
-    """Each item, after the next has been drawn, too: so the next group runs while this one is waited for."""
+    """Yield each item only after taking the next: so the next group is started before this one is awaited."""
     for item, _ in pairwise(chain(items, [None])):
         yield item
 
@@ -374,7 +374,7 @@ def draw_figure(images, labels, scores, columns=10):
     """A row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
     images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown."""
     height, width, channels = images.shape[1:]
-    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # of a volume's slices, the middle
+    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # gray, or a volume's middle slice
     classes = np.unique(labels)
     cells = np.full((len(classes), 2 * columns + 1, height + 2, width + 2, 3), 255, np.uint8)
     for row, label in zip(cells, classes):
@@ -405,7 +405,7 @@ def write_results(args, imsave, images, labels, original, n_heldout, n_correct):
 
 # === The job and its command line ===============================================================
 def parse_args(argv=None):
-    """The settings, and name (the data set's), training (SGD's). Exits with one line if they suit no data."""
+    """The options, plus name (of the data set) and training (for SGD). Exits if one is wrong for any data."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--dataset", default="mnist", help=f"{DATASETS} (default %(default)s)")
@@ -418,7 +418,7 @@ def parse_args(argv=None):
     add("--learning-rate", type=float, default=0.1, help="step size of SGD (default %(default)s)")
     add("--momentum", type=float, default=0.9, help="momentum of SGD (default %(default)s)")
     add("--parallel-runs", type=int, help="runs at once, job-wide (default: as many as suit the devices)")
-    add("--distributed", nargs="*", metavar="HOST:PORT N I", help="process I of N; give nothing under Slurm")
+    add("--distributed", nargs="*", metavar="HOST:PORT P I", help="process I of P; give nothing under Slurm")
     args = parser.parse_args(argv)
     counts = args.runs, args.epochs, args.batch_size, args.parallel_runs
     if any(count is not None and count < 1 for count in counts):
@@ -447,7 +447,7 @@ def main(argv=None):
             raise Problem(f"--ratios: each must leave some of the {n_examples} examples in, and some out")
         checkpoint = args.output_dir / "cscores-checkpoint.npz"
         n_heldout, n_correct = load_counts(checkpoint, settings, (len(sizes), n_examples))
-        n_done = n_heldout.sum(axis=1) // (n_examples - sizes)  # as each run holds so many out
+        n_done = n_heldout.sum(axis=1) // (n_examples - sizes)  # a run holds n_examples - sizes[k] out
         n_done = all_gather(mesh, n_done)[0]  # process 0's, which alone has read the checkpoint
         if max(n_done) > args.runs:
             raise Problem(f"{max(n_done)} runs are done: give --runs that many or use another --output-dir")

@@ -81,5 +81,5 @@ def test_processes_with_different_settings(tmp_path, option):
 @pytest.mark.parametrize("args", [[], ["localhost:9"], ["localhost:9", "2", "one"]], ids=str)
 def test_what_jax_cannot_find_out(tmp_path, args):
     line = problem(*JOB, "--output-dir", tmp_path, "--distributed", *args)
-    assert "--distributed (" in line and "add HOST:PORT N I" in line
+    assert "--distributed (" in line and "add HOST:PORT P I" in line
     assert list(tmp_path.iterdir()) == []
