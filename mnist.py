@@ -116,10 +116,10 @@ def load_tfds(dataset, data_dir):
 def draw_batches(run, n_examples, n_subset, epochs, batch_size):
     """Draw a run's subset, n_subset of the N examples, and its batches, as indices of examples: int32
     [epochs + 1, ceil(N / B), B]. A row for each epoch is the subset in a new order; the last row is what is
-    held out. So that every ratio has this shape, rows are filled up with the index N, which is no example:
-    its label, which `make_trainer` appends, is -1, and `loss` ignores it; JAX reads the last image in its
-    place (batch normalization, in a network of your own, would notice) and drops what is written to it."""
-    draws = np.random.RandomState(run)  # one seed for all ratios, as the authors do, to get their subsets
+    held out. So that every ratio has this shape, rows are filled up with N, the index of no example: it has
+    the label -1, which `loss` ignores; the last image is read for it (batch normalization would notice); and
+    what `heldout_correctness` gets for it is dropped."""
+    draws = np.random.RandomState(run)  # the same seed at every ratio gives the authors' own subsets
     subset = draws.choice(n_examples, n_subset, replace=False)
     heldout = np.delete(np.arange(n_examples), subset)
 
@@ -219,13 +219,13 @@ def start_mesh(n_runs, parallel_runs=None, distributed=None):
     if distributed is not None:
         jax.config.update("jax_enable_preemption_service", False)  # it keeps SIGTERM from ending a process
         address, *numbers = distributed or [None]
-        # Under Slurm, JAX takes one GPU per process; a process started by hand is to take all of its machine.
+        # Under Slurm, JAX detects one GPU per process; one started by hand detects nothing, so it takes all.
         method = "deactivate" if distributed else None
         how = dict(cluster_detection_method=method, heartbeat_timeout_seconds=30)
         with explained("--distributed", "without Slurm or the like, add HOST:PORT P I"):
             jax.distributed.initialize(address, *map(int, numbers), **how)
     with explained("no devices", "try JAX_PLATFORMS=cpu; for --distributed, a host name that resolves"):
-        devices = sorted(jax.devices(), key=lambda device: device.process_index)  # a process's side by side
+        devices = sorted(jax.devices(), key=lambda device: device.process_index)  # grouped by process
     default = len(devices) * (1 if devices[0].platform == "cpu" else 100)  # 2 per core are no faster
     group_size = min(n_runs, parallel_runs or default)
     if jax.process_count() == 1:
@@ -237,7 +237,7 @@ def start_mesh(n_runs, parallel_runs=None, distributed=None):
 
 
 def all_gather(mesh, values):
-    """Each process's ints [n] as rows, int32: one row per device, or one in all if alone. Waits for all."""
+    """int32 [devices, n]: in each device's row, the ints [n] of its process. [1, n] if alone. Waits for all."""
     if jax.process_count() == 1:
         return np.int32([values])
     split, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
@@ -255,7 +255,7 @@ def load_together(args, mesh):
         images, labels, original = load(args.dataset, args.data_dir)
     source = Path(__file__).read_text()  # an edit of the algorithm, even of a comment, voids checkpoints
     algorithm = source[source.index("def draw_batches") : source.index("def cscores")]
-    settings = dict(dataset=args.name, ratios=args.ratios, **args.training)
+    settings = dict(dataset=args.name, ratios=args.ratios, **args.training)  # epochs ... momentum
     settings["content"] = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
     settings["algorithm"] = hashlib.sha256(algorithm.encode()).hexdigest()[:16]
     job = hashlib.sha256(f"{settings} {args.runs} {args.parallel_runs}".encode()).digest()
@@ -277,7 +277,7 @@ def make_trainer(images, labels, mesh, *, batch_size, **sgd):
 
     one_run = partial(heldout_correctness, n_classes=len(classes), **sgd)
     many_runs = jax.vmap(one_run, in_axes=(0, 0, None, None, None, None))  # run, batches; the rest is shared
-    # Devices train and test without each other; only several processes exchange results, at the end.
+    # Sharded batches split the runs over the devices, which share nothing; processes exchange the results.
     many_runs = jax.jit(many_runs, out_shardings=split if jax.process_count() == 1 else copied)
     launcher = ThreadPoolExecutor(1)  # on a GPU, the call of a jitted loop blocks until the loop ends
     drawers = ThreadPoolExecutor()
@@ -295,14 +295,14 @@ def make_trainer(images, labels, mesh, *, batch_size, **sgd):
 
 
 def one_ahead(items):
-    """Yield each item only after taking the next: so the next group is started before this one is awaited."""
+    """Yield each item after taking the next one, which in `train_missing` starts the next group of runs."""
     for item, _ in pairwise(chain(items, [None])):
         yield item
 
 
 def train_missing(train_group, sizes, n_done, n_runs, group_size):
-    """Train the runs that are missing at each ratio, where n_done[k] runs are done at the k-th, whose subsets
-    have sizes[k] examples. Yields (k, correctness int8 [R, N]) of each group of runs."""
+    """Train runs n_done[k] ... n_runs - 1 at each ratio k, on subsets of sizes[k] examples, in groups that
+    train at once. Yields (k, correctness int8 [R, N]) of each group."""
 
     def start_all():
         for k, n_subset in enumerate(sizes):
@@ -374,7 +374,7 @@ def draw_figure(images, labels, scores, columns=10):
     """A row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
     images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown."""
     height, width, channels = images.shape[1:]
-    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # gray, or a volume's middle slice
+    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # the middle one, as of a volume
     classes = np.unique(labels)
     cells = np.full((len(classes), 2 * columns + 1, height + 2, width + 2, 3), 255, np.uint8)
     for row, label in zip(cells, classes):
@@ -387,7 +387,7 @@ def draw_figure(images, labels, scores, columns=10):
 
 
 def write_results(args, imsave, images, labels, original, n_heldout, n_correct):
-    """Write the scores in the order of the images, all results in the original order if known, the figure."""
+    """Write scores in the images' order, all results in the original one (if unknown, the same), the figure."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
     if original is not None:
@@ -405,7 +405,7 @@ def write_results(args, imsave, images, labels, original, n_heldout, n_correct):
 
 # === The job and its command line ===============================================================
 def parse_args(argv=None):
-    """The options, plus name (of the data set) and training (for SGD). Exits if one is wrong for any data."""
+    """The options, plus name (of the data set) and training (for SGD). Exits if one could fit no data set."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--dataset", default="mnist", help=f"{DATASETS} (default %(default)s)")
