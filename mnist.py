@@ -237,7 +237,7 @@ def start_mesh(n_runs, parallel_runs=None, distributed=None):
 
 
 def all_gather(mesh, values):
-    """int32 [devices, n]: in each device's row, the ints [n] of its process. [1, n] if alone. Waits for all."""
+    """int32 [devices, n]: each device's row has the ints [n] of its process. [1, n] if alone. Waits for all."""
     if jax.process_count() == 1:
         return np.int32([values])
     split, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
@@ -387,7 +387,7 @@ def draw_figure(images, labels, scores, columns=10):
 
 
 def write_results(args, imsave, images, labels, original, n_heldout, n_correct):
-    """Write scores in the images' order, all results in the original one (if unknown, the same), the figure."""
+    """Write scores in the order of images, all results in the original one (if known), the figure."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
     if original is not None:
