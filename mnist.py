@@ -237,7 +237,7 @@ def start_mesh(n_runs, parallel_runs=None, distributed=None):
 
 
 def all_gather(mesh, values):
-    """int32 [devices, n]: each device's row has the ints [n] of its process. [1, n] if alone. Waits for all."""
+    """int32 [devices, n]: each device's row has its process's ints [n]; [1, n] if alone. Waits for all."""
     if jax.process_count() == 1:
         return np.int32([values])
     split, copied = jax.NamedSharding(mesh, jax.P("runs")), jax.NamedSharding(mesh, jax.P())
