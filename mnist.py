@@ -109,16 +109,16 @@ def load_tfds(dataset, data_dir):
     # tfds sorts a split by the hash of each example's key, which for these sets is its original index.
     keyed_by_index = dataset.partition(":")[0] in ("mnist", "fashion_mnist", "kmnist")
     original = np.array(sorted(range(len(labels)), key=Hasher("train").hash_key)) if keyed_by_index else None
-    return images, labels.astype(np.int32, casting="same_kind"), original  # which refuses float labels
+    return images, labels.astype(np.int32, casting="same_kind"), original  # same_kind refuses float labels
 
 
 # === One run: the algorithm =====================================================================
 def draw_batches(run, n_examples, n_subset, epochs, batch_size):
     """Draw a run's subset, n_subset of the N examples, and its batches, as indices of examples: int32
     [epochs + 1, ceil(N / B), B]. A row for each epoch is the subset in a new order; the last row is what is
-    held out. So that every ratio has this shape, rows are filled up with N, the index of no example: it has
-    the label -1, which `loss` ignores; the last image is read for it (batch normalization would notice); and
-    what `heldout_correctness` gets for it is dropped."""
+    held out. So that every ratio has this shape, rows are filled up with the index N, which is no example's:
+    its label is -1, which `loss` ignores; its image is the last one, as JAX clamps indices (beware: batch
+    normalization would count it); and what `heldout_correctness` gets for it is dropped."""
     draws = np.random.RandomState(run)  # the same seed at every ratio gives the authors' own subsets
     subset = draws.choice(n_examples, n_subset, replace=False)
     heldout = np.delete(np.arange(n_examples), subset)
@@ -219,7 +219,7 @@ def start_mesh(n_runs, parallel_runs=None, distributed=None):
     if distributed is not None:
         jax.config.update("jax_enable_preemption_service", False)  # it keeps SIGTERM from ending a process
         address, *numbers = distributed or [None]
-        # Under Slurm, JAX detects one GPU per process; one started by hand detects nothing, so it takes all.
+        # JAX's cluster detection (e.g. Slurm's) gives a process one GPU; switched off, a process takes all.
         method = "deactivate" if distributed else None
         how = dict(cluster_detection_method=method, heartbeat_timeout_seconds=30)
         with explained("--distributed", "without Slurm or the like, add HOST:PORT P I"):
@@ -255,7 +255,7 @@ def load_together(args, mesh):
         images, labels, original = load(args.dataset, args.data_dir)
     source = Path(__file__).read_text()  # an edit of the algorithm, even of a comment, voids checkpoints
     algorithm = source[source.index("def draw_batches") : source.index("def cscores")]
-    settings = dict(dataset=args.name, ratios=args.ratios, **args.training)  # epochs ... momentum
+    settings = dict(dataset=args.name, ratios=args.ratios, **args.training)  # name: no path; training: SGD's
     settings["content"] = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
     settings["algorithm"] = hashlib.sha256(algorithm.encode()).hexdigest()[:16]
     job = hashlib.sha256(f"{settings} {args.runs} {args.parallel_runs}".encode()).digest()
@@ -277,7 +277,7 @@ def make_trainer(images, labels, mesh, *, batch_size, **sgd):
 
     one_run = partial(heldout_correctness, n_classes=len(classes), **sgd)
     many_runs = jax.vmap(one_run, in_axes=(0, 0, None, None, None, None))  # run, batches; the rest is shared
-    # Sharded batches split the runs over the devices, which share nothing; processes exchange the results.
+    # As batches are sharded by run, each device trains its own runs, alone; processes exchange the results.
     many_runs = jax.jit(many_runs, out_shardings=split if jax.process_count() == 1 else copied)
     launcher = ThreadPoolExecutor(1)  # on a GPU, the call of a jitted loop blocks until the loop ends
     drawers = ThreadPoolExecutor()
@@ -374,7 +374,7 @@ def draw_figure(images, labels, scores, columns=10):
     """A row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
     images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown."""
     height, width, channels = images.shape[1:]
-    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # the middle one, as of a volume
+    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # gray, or a volume's middle slice
     classes = np.unique(labels)
     cells = np.full((len(classes), 2 * columns + 1, height + 2, width + 2, 3), 255, np.uint8)
     for row, label in zip(cells, classes):
@@ -387,7 +387,7 @@ def draw_figure(images, labels, scores, columns=10):
 
 
 def write_results(args, imsave, images, labels, original, n_heldout, n_correct):
-    """Write scores in the order of images, all results in the original one (if known), the figure."""
+    """Write scores in the images' order; all results, in the original order if it is known; the figure."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
     if original is not None:
@@ -405,7 +405,7 @@ def write_results(args, imsave, images, labels, original, n_heldout, n_correct):
 
 # === The job and its command line ===============================================================
 def parse_args(argv=None):
-    """The options, plus name (of the data set) and training (for SGD). Exits if one could fit no data set."""
+    """The options, plus name (of the data set) and training (for SGD). Exits if one is out of range."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--dataset", default="mnist", help=f"{DATASETS} (default %(default)s)")
