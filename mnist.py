@@ -341,7 +341,7 @@ def lock(folder):
     with explained(what, "use another --output-dir, or --distributed for several processes of one job"):
         folder.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(folder / "cscores.lock", timeout=0)  # SQLite can lock on any system
-        connection.execute("BEGIN EXCLUSIVE")
+        connection.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
     return connection
 
 

@@ -61,6 +61,7 @@ def test_the_lock_goes_with_the_process(tmp_path):
     wait_for_a_group(process, tmp_path / "cscores-checkpoint.npz")
     process.kill()
     process.communicate()
+    assert set(files(tmp_path)) <= {"cscores-checkpoint.npz", "cscores-checkpoint.npz.tmp"}
     do(*JOB, "--output-dir", tmp_path)
 
 
