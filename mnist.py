@@ -63,7 +63,7 @@ def load(dataset, data_dir=None):
             images, labels, original = load_digits()
         else:
             images, labels, original = load_tfds(dataset, data_dir)
-    if labels.shape == (len(images), 1):
+    if labels.shape == (*images.shape[:1], 1):
         labels = labels[:, 0]
     channels_first = images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]  # as PyTorch has them
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.size == 0 or channels_first:

@@ -85,6 +85,7 @@ PIXELS = np.zeros((6, 4, 4), np.uint8)
             "not float64 (6, 4, 4): try np.uint8(images * 255)",
         ),
         (dict(images=PIXELS[0], labels=np.arange(4)), "not uint8 (4, 4)"),
+        (dict(images=np.uint8(3), labels=np.arange(4)), "not uint8 ()"),
         (dict(images=PIXELS[:, :0], labels=np.arange(6)), "not uint8 (6, 0, 4)"),
         (dict(images=PIXELS, labels=np.arange(5)), "integers (6,), not int64 (5,)"),
         (dict(images=PIXELS, labels=np.eye(6, dtype=int)), "not int64 (6, 6): try labels.argmax(axis=1)"),
