@@ -38,8 +38,8 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def test_64_bits_change_nothing(tiny, tmp_path):
-    run(*TINY, "--output-dir", tmp_path, env={"JAX_ENABLE_X64": "1"})
+def test_what_a_shell_sets_for_jax_changes_nothing(tiny, tmp_path):
+    run(*TINY, "--output-dir", tmp_path, env={"JAX_ENABLE_X64": "1", "JAX_DEFAULT_PRNG_IMPL": "rbg"})
     assert same_results(tmp_path, tiny)
 
 
