@@ -1,4 +1,4 @@
-"""Estimate the C-score of every MNIST training example.
+"""Estimate the C-score of every training example of MNIST, or of a data set of your own.
 
 A C-score is the expected accuracy of a model on an example that was held out of its training set, averaged
 over training-set sizes (Jiang, Zhang, Talwar, Mozer, ICML 2021, arXiv 2002.03206). A run trains one model on
@@ -48,7 +48,7 @@ def explained(what, advice):
 
 
 # === Data =======================================================================================
-DATASETS = "FILE.npz, digits, or a labeled tfds set (needs TensorFlow, so Python 3.13 at most, and a network)"
+DATASETS = "FILE.npz, digits (scikit-learn) or a labeled tfds set (TensorFlow, Python < 3.14; once a network)"
 
 
 def load(dataset, data_dir=None):
@@ -319,18 +319,18 @@ def with_progress(trained, ratios, n_done, n_runs, work):
     """Pass on trained groups, (k, correctness int8 [R, N]), and show how far the job is. The bar is in units
     of work, so that it can tell the time left; work[k] is that of a run at the k-th ratio."""
     done, quiet = sum(n_done), jax.process_index() > 0
-    layout = "{percentage:3.0f}%|{bar:20}| {desc}[{elapsed}, {remaining} left]"
+    layout = "{percentage:3.0f}%|{bar:4}| {remaining} left{desc}"  # fits into 80 columns
     with tqdm(total=n_runs * sum(work), initial=n_done @ work, bar_format=layout, disable=quiet) as bar:
         for k, correctness in trained:
             yield k, correctness
             done += len(correctness)
             accuracy = correctness[correctness >= 0].mean()
-            status = f"ratio {ratios[k]:g}, held-out accuracy {accuracy:.4f}"
-            bar.set_description_str(f"{done} of {len(work) * n_runs} runs, {status} ", refresh=False)
+            status = f"runs, ratio {ratios[k]:g}, held-out accuracy {accuracy:.4f}"
+            bar.set_description_str(f", {done} of {len(work) * n_runs} {status}", refresh=False)
             bar.update(len(correctness) * work[k])
             if not quiet and (correctness < 1).all(axis=1).any():
                 quiet = True  # it is enough to hear it once
-                what = f"warning: at ratio {ratios[k]:g} a model got nothing right that it had not seen"
+                what = f"warning: at ratio {ratios[k]:g} a model was wrong on all that it held out"
                 bar.write(f"{what}: if it diverged, try a smaller --learning-rate", file=sys.stderr)
 
 
@@ -409,7 +409,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], usage=argparse.SUPPRESS)
     add = parser.add_argument
     add("--dataset", default="mnist", help=f"{DATASETS} (default %(default)s)")
-    add("--data-dir", help="of tfds (default $TFDS_DATA_DIR, or else ~/tensorflow_datasets)")
+    add("--data-dir", help="where tfds keeps its data (default $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
     add("--output-dir", type=Path, default=".", help="created if missing (default %(default)s)")
     add("--ratios", type=float, nargs="+", help="subset ratios, above 0, below 1 (default 0.1 0.2 ... 0.9)")
     add("--runs", type=int, default=200, help="models at each ratio; may grow later (default %(default)s)")
@@ -418,7 +418,7 @@ def parse_args(argv=None):
     add("--learning-rate", type=float, default=0.1, help="step size of SGD (default %(default)s)")
     add("--momentum", type=float, default=0.9, help="momentum of SGD (default %(default)s)")
     add("--parallel-runs", type=int, help="runs at once, job-wide (default: as many as suit the devices)")
-    add("--distributed", nargs="*", metavar="HOST:PORT P I", help="process I of P; give nothing under Slurm")
+    add("--distributed", nargs="*", metavar="HOST:PORT P I", help="process I of P; nothing under Slurm etc.")
     args = parser.parse_args(argv)
     counts = args.runs, args.epochs, args.batch_size, args.parallel_runs
     if any(count is not None and count < 1 for count in counts):

@@ -122,7 +122,7 @@ def test_models_that_diverge_predict_nothing(tmp_path, capsys):
     do(*args, "--learning-rate", 1e30, "--output-dir", tmp_path)
     assert np.nanmax(np.load(tmp_path / "cscores.npy")) == 0
     err = capsys.readouterr().err
-    assert err.count("warning: at ratio 0.3 a model got nothing right") == 1 and err.count("warning") == 1
+    assert err.count("warning: at ratio 0.3 a model was wrong on all") == 1 and err.count("warning") == 1
     assert "--learning-rate" in err
 
 
