@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -28,6 +27,7 @@ from helpers import (
     run,
     same_results,
     start,
+    wait_for_a_group,
 )
 
 import mnist
@@ -95,9 +95,7 @@ def test_figure(finished):
 def test_interrupt_and_resume(finished, tmp_path, sign):
     process = start(*JOB, "--output-dir", tmp_path)
     checkpoint = tmp_path / "cscores-checkpoint.npz"
-    while n_done(checkpoint) < 2:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.002)
+    wait_for_a_group(process, checkpoint)
     process.send_signal(sign)
     _, err = process.communicate(timeout=60)
     assert process.returncode == -sign and "Traceback" not in err
