@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import mnist
 
 SETTINGS = mnist.parse_args([])
-SGD = SETTINGS.training
+TRAINING = SETTINGS.training
 
 
 @jax.jit
 def step(params, velocity, images, labels):
     grads = jax.grad(mnist.loss)(params, images, labels)
-    velocity = jax.tree.map(lambda v, g: SGD["momentum"] * v + g, velocity, grads)
-    return jax.tree.map(lambda p, v: p - SGD["learning_rate"] * v, params, velocity), velocity
+    velocity = jax.tree.map(lambda v, g: TRAINING.momentum * v + g, velocity, grads)
+    return jax.tree.map(lambda p, v: p - TRAINING.learning_rate * v, params, velocity), velocity
 
 
 @jax.jit
@@ -40,14 +40,14 @@ def predicts(params, images, labels):
 
 def sequential(images, labels, run, n_subset):
     """One run: whether each held-out example's label is predicted, bool [held out]."""
-    *epochs, heldout = mnist.draw_batches(run, len(labels), n_subset, SGD["epochs"], SGD["batch_size"])
+    train_batches, heldout_batches = mnist.draw_batches(run, len(labels), n_subset, TRAINING)
     params = mnist.init(run, images.shape[1:], int(labels.max()) + 1)
     velocity = jax.tree.map(jnp.zeros_like, params)
-    for batch in np.concatenate(epochs):
+    for batch in np.concatenate(train_batches):
         examples = batch[batch < len(labels)]
         if len(examples):
             params, velocity = step(params, velocity, images[examples], labels[examples])
-    heldout = heldout[heldout < len(labels)]
+    heldout = heldout_batches[heldout_batches < len(labels)]
     return np.asarray(predicts(params, images[heldout], labels[heldout]))
 
 
@@ -80,7 +80,7 @@ def copy_bandwidth(device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Time mnist.py against a loop over single models.")
     parser.add_argument("--dataset", default="mnist")
     parser.add_argument("--ratio", type=float, default=0.3, help="subset ratio (default %(default)s)")
     parser.add_argument("--runs", type=int, help="trained together (default: as mnist.py has it)")
@@ -88,43 +88,46 @@ def main():
     parser.add_argument("--full", action="store_true", help="also train 200 runs at each of 9 ratios")
     args = parser.parse_args()
 
-    mesh, runs = mnist.start_mesh(SETTINGS.runs, args.runs)
+    mnist.start_jax()
+    mesh, group_size = mnist.make_mesh(SETTINGS.runs, args.runs)
     devices = mesh.devices
     on_cpu = devices[0].platform == "cpu"
     images, labels, _ = mnist.load(args.dataset)
     n, n_subset = len(labels), round(len(labels) * args.ratio)
-    start_group = mnist.make_trainer(images, labels, mesh, **SGD)
 
-    def train_group(runs, n_subset):
-        return start_group(runs.astype(np.int32), n_subset).result()
+    def train_groups(sizes, n_runs):
+        drawn = mnist.draw_groups(sizes, [0] * len(sizes), n_runs, group_size, n, TRAINING, mesh)
+        return mnist.train_groups(drawn, sizes, images, labels, TRAINING, mesh)
 
-    first = seconds(train_group, np.arange(runs), n // 100)
-    compilation = first - seconds(train_group, np.arange(runs), n // 100)
+    # Each step of the generator draws and trains one group; the first one is small, and compiled.
+    groups = train_groups([n // 100] * 2 + [n_subset] * (args.repeats + 1), group_size)
+    first = seconds(next, groups)
+    compilation = first - seconds(next, groups)
     sequential(images, labels, 0, n_subset)
     alone, together, peak = [], [], []
     for repeat in range(args.repeats):
         alone.append(seconds(sequential, images, labels, repeat, n_subset))
-        together.append(seconds(train_group, np.arange(repeat, repeat + runs), n_subset) / runs)
+        together.append(seconds(next, groups) / group_size)
         peak.append(matmul_peak(devices))
     alone, together, peak = map(statistics.median, (alone, together, peak))
-    correctness = np.asarray(train_group(np.arange(runs), n_subset)[0])
-    same = np.mean(correctness[correctness >= 0] == sequential(images, labels, 0, n_subset))
+    _, correctness = next(groups)
+    same = np.mean(correctness[0][correctness[0] >= 0] == sequential(images, labels, 0, n_subset))
 
     ratios = SETTINGS.ratios
     params = mnist.init(0, images.shape[1:], int(labels.max()) + 1)
     first_layer, *others = (weights.size for weights, _ in params)
     training, testing = 4 * first_layer + 6 * sum(others), 2 * (first_layer + sum(others))
-    flop = SGD["epochs"] * n_subset * training + (n - n_subset) * testing
+    flop = TRAINING.epochs * n_subset * training + (n - n_subset) * testing
 
     def projected(per_run):  # the work of a run is proportional to its FLOP
-        work = sum(SGD["epochs"] * round(n * r) * training + (n - round(n * r)) * testing for r in ratios)
+        work = sum(TRAINING.epochs * round(n * r) * training + (n - round(n * r)) * testing for r in ratios)
         return f"{200 * per_run * work / flop / 60:.1f} min"
 
     def table(*cells):
         print(f"{cells[0]:34}", *(f"{cell:>14}" for cell in cells[1:]))
 
     print(f"{args.dataset}, ratio {args.ratio:g}")
-    table("", "sequential", f"mnist.py x{runs}")
+    table("", "sequential", f"mnist.py x{group_size}")
     table("seconds per run", f"{alone:.3f}", f"{together:.3f}")
     table("ratio to sequential", "1.00", f"{alone / together:.2f}")
     table("GFLOP/s", f"{flop / alone / 1e9:.0f}", f"{flop / together / 1e9:.0f}")
@@ -135,7 +138,7 @@ def main():
     )
     if not on_cpu:
         # Each step reads or writes the weights, gradients and momenta about seven times in all.
-        moved = 7 * 4 * (first_layer + sum(others)) * SGD["epochs"] * -(-n_subset // SGD["batch_size"])
+        moved = 7 * 4 * (first_layer + sum(others)) * TRAINING.epochs * -(-n_subset // TRAINING.batch_size)
         bandwidth = copy_bandwidth(devices[0]) * len(devices)
         share = [f"{moved / per_run / bandwidth:.0%}" for per_run in (alone, together)]
         table(f"share of {bandwidth / 1e9:.0f} GB/s of copying", *share)
@@ -144,10 +147,9 @@ def main():
     table("full job, projected", projected(alone), projected(together))
     if args.full:
         start = time.perf_counter()
-        for ratio in ratios:
-            for begin in range(0, 200, runs):
-                results = train_group(np.arange(begin, begin + runs), round(n * ratio))
-        jax.block_until_ready(results)
+        sizes = [round(n * ratio) for ratio in ratios]
+        for _ in mnist.ahead(train_groups(sizes, 200)):
+            pass
         table("full job, measured", "", f"{(time.perf_counter() - start) / 60:.1f} min")
     table("predictions in common, run 0", "", f"{same:.2%}")
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)

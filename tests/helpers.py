@@ -1,4 +1,4 @@
-"""What the tests share: the script as a process, alone and several at a time, and batches of runs."""
+"""What the tests share: the script as a process, alone and several at a time, and runs on the digits."""
 
 import os
 import signal
@@ -15,17 +15,18 @@ import pytest
 import mnist
 
 SCRIPT = Path(mnist.__file__)
-SGD = mnist.parse_args([]).training
 DIGITS = ["--dataset", "digits"]
 SMALL = [*DIGITS, "--ratios", "0.3", "0.8", "--epochs", "2", "--parallel-runs", "2"]
+TINY = [*SMALL, "--runs", 2]
 JOB = [*SMALL, "--runs", 12]
 TFDS = os.environ.get("TFDS_DATA_DIR", "")
 HAS_MNIST = find_spec("tensorflow_datasets") is not None and os.path.isdir(os.path.join(TFDS, "mnist"))
 needs_mnist = pytest.mark.skipif(not HAS_MNIST, reason="TFDS_DATA_DIR does not hold the real MNIST")
 
 
-def start(*args, through=(), devices=2, env=None, **kwargs):
-    """The script in a process of its own, on so many CPU devices."""
+# --- The script in a process of its own ---
+def start_script(*args, through=(), devices=2, env=None, **kwargs):
+    """Start the script, on so many CPU devices."""
     # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [*through, sys.executable, str(SCRIPT), *map(str, args)]
@@ -34,42 +35,78 @@ def start(*args, through=(), devices=2, env=None, **kwargs):
     return subprocess.Popen(command, env=env, **pipes, **kwargs)
 
 
-def run(*args, status=0, **kwargs):
-    """Run the script; returns what it printed, (stdout, stderr)."""
-    process = start(*args, **kwargs)
+def run_script(*args, status=0, **kwargs):
+    """Run the script to its end; returns what it printed, (stdout, stderr)."""
+    process = start_script(*args, **kwargs)
     out, err = process.communicate(timeout=240)
     assert process.returncode == status, err
     assert "Traceback" not in err
     return out, err
 
 
-def problem(*args, status=1, **kwargs):
-    """Run what must fail; returns its one line, the last on stderr."""
-    _, err = run(*args, status=status, **kwargs)
-    (line,) = errors(err)
+def script_error(*args, status=1, **kwargs):
+    """Run the script, which must fail; returns its one line, the last on stderr."""
+    _, err = run_script(*args, status=status, **kwargs)
+    (line,) = messages(err)
     assert line.startswith("mnist.py: ") and err.endswith(line + "\n"), err
     return line
 
 
-def errors(err):
+def messages(err):
     """The lines on stderr, apart from the devices and the progress bar."""
     return [line for line in err.splitlines() if line and "%|" not in line and not line.startswith("JAX ")]
 
 
-def do(*args):
-    """Do a job in this process, which takes a third of the time of one of its own."""
+def start_processes(n, *args, folders, by_hand=True, devices=(2, 2, 2)):
+    """Start the n processes of a job, by hand or in the environment that Slurm gives them."""
+    address = [f"127.0.0.1:{free_port()}", n]
+    job = free_port(range(61440, 65536)) - 61440  # JAX makes the port from the number of the job
+    slurm = dict(SLURM_JOB_ID=str(job), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(n))
+    processes = []
+    for i, folder in enumerate(folders):
+        how = [*address, i] if by_hand else []
+        env = {} if by_hand else slurm | dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
+        args_of_i = [*args, "--output-dir", folder, "--distributed", *how]
+        processes.append(start_script(*args_of_i, env=env, devices=devices[i]))
+    return processes
+
+
+def wait_for_all(processes, timeout=120):
+    """Wait for the end of the processes: (exit status, stdout, stderr) of each."""
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs)]
+
+
+def free_port(ports=(0,)):
+    for port in ports:
+        with socket.socket(socket.AF_INET6) as probe:
+            try:
+                probe.bind(("::", port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+
+
+# --- The job in this process, which takes a third of the time ---
+def run_here(*args):
     mnist.main([*map(str, args)])
 
 
-def refused(*args):
+def error_here(*args):
     """The line with which this process refuses a job."""
     with pytest.raises(mnist.Problem) as caught:
-        do(*args)
+        run_here(*args)
     return str(caught.value)
 
 
+# --- What a job leaves ---
 def same_results(one, other, names=("cscores.npy", "cscores-orig-order.npz", "cscores-checkpoint.npz")):
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def files(folder):
+    """What a job has left in its folder, apart from the lock."""
+    return sorted(file.name for file in folder.iterdir() if file.name != "cscores.lock")
 
 
 def n_done(checkpoint, ratios=(0.3, 0.8)):
@@ -87,49 +124,26 @@ def wait_for_a_group(process, checkpoint):
         time.sleep(0.002)
 
 
-def free_port(ports=(0,)):
-    for port in ports:
-        with socket.socket(socket.AF_INET6) as probe:
-            try:
-                probe.bind(("::", port))
-            except OSError:
-                continue
-            return probe.getsockname()[1]
+def count_heldout(n_examples, ratio, n_runs):
+    """How many of the runs hold each example out, counted by brute force."""
+    n_heldout = np.zeros(n_examples, int)
+    for run in range(n_runs):
+        subset = np.random.RandomState(run).choice(n_examples, round(n_examples * ratio), replace=False)
+        n_heldout += ~np.isin(np.arange(n_examples), subset)
+    return n_heldout
 
 
-def launch(n, *args, folders, by_hand=True, **kwargs):
-    """Start the n processes of a job, by hand or in the environment that Slurm gives them."""
-    address = [f"127.0.0.1:{free_port()}", n]
-    job = free_port(range(61440, 65536)) - 61440  # JAX makes the port from the number of the job
-    slurm = dict(SLURM_JOB_ID=str(job), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(n))
-    processes = []
-    for i, folder in enumerate(folders):
-        how = [*address, i] if by_hand else []
-        env = {} if by_hand else slurm | dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
-        processes.append(start(*args, "--output-dir", folder, "--distributed", *how, env=env, **kwargs))
-    return processes
-
-
-def ends(processes, timeout=120):
-    """Wait for the end of the processes: (exit status, stdout, stderr) of each."""
-    outputs = [process.communicate(timeout=timeout) for process in processes]
-    return [(process.returncode, *output) for process, output in zip(processes, outputs)]
-
-
-def mesh(devices=1):
-    return mnist.start_mesh(devices)[0]
-
-
-def files(folder):
-    """What a job has left in its folder, apart from the lock."""
-    return sorted(file.name for file in folder.iterdir() if file.name != "cscores.lock")
-
-
-def digits_trainer(devices=1, labels=None, **sgd):
-    """A function (runs, ratio) that gives the `heldout_correctness` of runs on the digits, [runs, 1797]."""
+# --- Runs on the digits, without a job ---
+def train_digits(runs, ratio, devices=1, labels=None, **settings):
+    """The `heldout_correctness` of a range of runs on the digits that train as one group, [runs, 1797]."""
     images, digits, _ = mnist.load("digits")
-    train_group = mnist.make_trainer(images, digits if labels is None else labels, mesh(devices), **SGD | sgd)
-    return lambda runs, ratio: np.asarray(train_group(np.array(runs), round(len(images) * ratio)).result())
+    labels = digits if labels is None else labels
+    training = mnist.Training(**settings)
+    mesh, _ = mnist.make_mesh(devices)
+    sizes = [round(len(images) * ratio)]
+    drawn = mnist.draw_groups(sizes, [runs.start], runs.stop, len(runs), len(images), training, mesh)
+    ((_, correctness),) = mnist.train_groups(drawn, sizes, images, labels, training, mesh)
+    return correctness
 
 
 def count(correctness):

@@ -6,7 +6,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import SMALL, do, errors, files, needs_mnist, problem, run, same_results
+from helpers import (
+    SMALL,
+    error_here,
+    files,
+    messages,
+    needs_mnist,
+    run_here,
+    run_script,
+    same_results,
+    script_error,
+)
 
 import mnist
 
@@ -25,7 +35,7 @@ def digits():
 @pytest.fixture(scope="module")
 def digits_job(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
-    do(*SMALL, "--runs", 4, "--output-dir", folder)
+    run_here(*SMALL, "--runs", 4, "--output-dir", folder)
     return folder
 
 
@@ -36,22 +46,33 @@ def test_an_npz_of_the_digits_gives_the_scores_of_the_digits(digits, digits_job,
     images, labels = digits
     arrays = dict(zip(names, (images[..., 0], labels[:, None])))  # as MedMNIST and Keras's CIFAR have them
     np.savez_compressed(tmp_path / "own.npz", **arrays, x_test=np.zeros(3), names=np.array(["a", None]))
-    do(*SMALL, "--runs", 4, "--output-dir", tmp_path, "--dataset", tmp_path / "own.npz")
+    run_here(*SMALL, "--runs", 4, "--output-dir", tmp_path, "--dataset", tmp_path / "own.npz")
     assert same_results(tmp_path, digits_job, SCORES)
     assert (tmp_path / "own-examples.pdf").exists()
     (tmp_path / "moved").mkdir()
     moved = (tmp_path / "own.npz").rename(tmp_path / "moved" / "own.npz")
-    do(*SMALL, "--runs", 4, "--output-dir", tmp_path, "--dataset", moved)
+    run_here(*SMALL, "--runs", 4, "--output-dir", tmp_path, "--dataset", moved)
     assert same_results(tmp_path, digits_job, SCORES)
+
+
+def test_one_changed_label_is_other_data(digits, tmp_path):
+    images, labels = digits
+    args = [*SMALL, "--runs", 1, "--output-dir", tmp_path, "--dataset", tmp_path / "own.npz"]
+    np.savez(tmp_path / "own.npz", images=images, labels=labels)
+    run_here(*args)
+    before = (tmp_path / "cscores-checkpoint.npz").read_bytes()
+    np.savez(tmp_path / "own.npz", images=images, labels=np.append(labels[:-1], (labels[-1] + 1) % 10))
+    assert "made with content " in error_here(*args)
+    np.savez(tmp_path / "own.npz", images=np.append(images[:-1], images[-1:] ^ 1, axis=0), labels=labels)
+    assert "made with content " in error_here(*args)
+    assert (tmp_path / "cscores-checkpoint.npz").read_bytes() == before
 
 
 def test_labels_may_be_any_integers(digits, digits_job, tmp_path):
     images, labels = digits
-    given = np.array([7, 3, -2, 1000, 50, 51, 52, 53, 54, 2**40])[labels]
-    given[labels == 0] = -9  # in the order of the digits, so that they number the same classes
-    given = np.sort(np.unique(given))[labels]
+    given = np.array([-9, -2, 7, 50, 51, 52, 53, 54, 1000, 2**40])[labels]  # they number the same classes
     np.savez(tmp_path / "own.npz", images=images, labels=given)
-    do(*SMALL, "--runs", 4, "--output-dir", tmp_path, "--dataset", tmp_path / "own.npz")
+    run_here(*SMALL, "--runs", 4, "--output-dir", tmp_path, "--dataset", tmp_path / "own.npz")
     assert same_results(tmp_path, digits_job, SCORES[:1])
     with np.load(tmp_path / "cscores-orig-order.npz") as results:
         assert np.array_equal(results["labels"], given) and results["labels"].dtype == given.dtype
@@ -65,7 +86,7 @@ def test_colour_and_two_classes(tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "own.npz", x_train=images, y_train=labels)
     monkeypatch.chdir(tmp_path)
     sizes = ["--ratios", 0.5, "--runs", 8, "--epochs", 20, "--batch-size", 30]
-    do("--dataset", "own.npz", *sizes, "--output-dir", "out")
+    run_here("--dataset", "own.npz", *sizes, "--output-dir", "out")
     with np.load(tmp_path / "out" / "cscores-orig-order.npz") as results:
         assert results["labels"].tolist() == labels.tolist()
         assert np.nanmean(results["scores"]) > 0.8, "green tells the classes apart"
@@ -122,13 +143,27 @@ def test_files_that_are_no_npz(tmp_path, content):
     assert f"cannot load --dataset {tmp_path / 'own.npz'} (" in str(caught.value)
 
 
+def test_an_npz_in_capitals(tmp_path):
+    np.savez(tmp_path / "own.npz", images=PIXELS, labels=np.arange(6))
+    (tmp_path / "own.npz").rename(tmp_path / "OWN.NPZ")
+    assert mnist.load(str(tmp_path / "OWN.NPZ"))[0].shape == (6, 4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "dataset, name",
+    [("mnist:3.0.1", "mnist"), ("a/own.npz", "own"), ("FILE.NPZ", "FILE"), ("emnist/letters", "letters")],
+)
+def test_results_are_named_after_the_data_set(dataset, name):
+    assert mnist.parse_args(["--dataset", dataset]).dataset_name == name
+
+
 def test_npz_and_digits_need_no_tfds(digits, tmp_path):
     for module in "tensorflow", "tensorflow_datasets", "sklearn":
         (tmp_path / f"{module}.py").write_text("raise ModuleNotFoundError(f'No module named {__name__!r}')")
     np.savez(tmp_path / "own.npz", images=digits[0], labels=digits[1])
     env = {"PYTHONPATH": str(tmp_path)}
-    run(*SMALL, "--runs", 1, "--output-dir", tmp_path, "--dataset", tmp_path / "own.npz", env=env)
-    line = problem("--output-dir", tmp_path / "out", env=env)
+    run_script(*SMALL, "--runs", 1, "--output-dir", tmp_path, "--dataset", tmp_path / "own.npz", env=env)
+    line = script_error("--output-dir", tmp_path / "out", env=env)
     assert "No module named 'tensorflow_datasets'" in line
     for way_out in "Python < 3.14", "FILE.npz", "digits":
         assert way_out in line
@@ -171,8 +206,8 @@ def write_tfds(tfds, folder, name, shape=(6, 5, 3), split="train", label=True, f
     builder(data_dir=folder, file_format=file_format).download_and_prepare()
 
 
-def write_mnist(tfds, folder, n=300):
-    """n examples in the layout of tfds's own `mnist`; image and label tell an example's original index."""
+def write_mnist(tfds, folder, builder="MNIST", n=300):
+    """n examples in the layout of tfds's own builder; image and label tell an example's original index."""
 
     def generate(self, count):
         for i in range(count):
@@ -181,16 +216,19 @@ def write_mnist(tfds, folder, n=300):
             yield i, {"image": image, "label": i % 10}
 
     with pytest.MonkeyPatch.context() as patch:
-        builder = tfds.image_classification.MNIST
+        builder = getattr(tfds.image_classification, builder)
         patch.setattr(builder, "_split_generators", lambda self, _: {"train": generate(self, n)})
         patch.setattr(builder, "_generate_examples", generate)
         builder(data_dir=folder).download_and_prepare()
-    assert (folder / "mnist" / "3.0.1" / "dataset_info.json").exists()
 
 
-def test_tfds_mnist_and_its_original_order(tfds, tmp_path):
-    write_mnist(tfds, tmp_path)
-    images, labels, original = mnist.load("mnist", str(tmp_path))
+@pytest.mark.parametrize(
+    "builder, dataset",
+    [("MNIST", "mnist"), ("FashionMNIST", "fashion_mnist"), ("KMNIST", "kmnist"), ("MNIST", "mnist:3.0.1")],
+)
+def test_tfds_mnist_and_its_original_order(tfds, tmp_path, builder, dataset):
+    write_mnist(tfds, tmp_path, builder)
+    images, labels, original = mnist.load(dataset, str(tmp_path))
     assert images.shape == (300, 28, 28, 1) and images.dtype == np.uint8
     assert labels.shape == (300,) and labels.dtype == np.int32
     assert sorted(original) == list(range(300)) and original.tolist() != list(range(300))
@@ -198,23 +236,40 @@ def test_tfds_mnist_and_its_original_order(tfds, tmp_path):
     assert np.array_equal(labels, original % 10)
 
 
-def test_the_whole_job_on_tfds_mnist(tfds, tmp_path):
+def test_a_job_whose_order_is_not_the_original_one(tfds, tmp_path, monkeypatch):
     write_mnist(tfds, tmp_path / "data")
+    figures = []
+    monkeypatch.setattr("matplotlib.image.imsave", lambda file, figure, **_: figures.append(figure))
     args = ["--ratios", 0.5, "--runs", 3, "--epochs", 1, "--data-dir", tmp_path / "data"]
-    _, err = run(*args, "--output-dir", tmp_path / "out")
-    assert errors(err) == [], "TensorFlow is silent"
+    run_here(*args, "--output-dir", tmp_path / "out")
     scores = np.load(tmp_path / "out" / "cscores.npy")
     in_order = np.load(tmp_path / "out" / "cscores-orig-order.npz")
-    original = mnist.load("mnist", tmp_path / "data")[2]
+    images, labels, original = mnist.load("mnist", tmp_path / "data")
     assert np.array_equal(in_order["labels"], np.arange(300) % 10)
     assert np.array_equal(in_order["scores"][original], scores, equal_nan=True)
     assert np.array_equal(in_order["profile"][0], in_order["scores"], equal_nan=True)
+    assert np.array_equal(in_order["n_heldout"][0] == 0, np.isnan(in_order["scores"]))
+    (figure,) = figures
+    assert np.array_equal(figure, mnist.draw_figure(images, labels, scores))
+
+
+def test_tensorflow_is_silent_and_gets_no_gpu(tfds, tmp_path, monkeypatch):
+    write_mnist(tfds, tmp_path / "data")
+    args = ["--ratios", 0.5, "--runs", 1, "--epochs", 1, "--data-dir", tmp_path / "data"]
+    _, err = run_script(*args, "--output-dir", tmp_path / "out")
+    assert messages(err) == []
+    calls = []
+    monkeypatch.setattr("tensorflow.config.set_visible_devices", lambda *args: calls.append(args))
+    monkeypatch.setattr(tfds, "load", lambda *args, **kwargs: calls.append("load"))
+    with pytest.raises(mnist.Problem):
+        mnist.load("mnist")
+    assert calls == [([], "GPU"), "load"]
 
 
 def test_a_tfds_set_whose_original_order_is_unknown(tfds, tmp_path):
     write_tfds(tfds, tmp_path, "colour_pictures")
     args = ["--dataset", "colour_pictures", "--ratios", 0.5, "--runs", 6, "--epochs", 1]
-    do(*args, "--data-dir", tmp_path, "--output-dir", tmp_path / "out")
+    run_here(*args, "--data-dir", tmp_path, "--output-dir", tmp_path / "out")
     images, labels, original = mnist.load("colour_pictures", tmp_path)
     assert images.shape == (40, 6, 5, 3) and original is None and images[:, 0, 0, 0].max() == 39
     written = files(tmp_path / "out")
@@ -266,7 +321,7 @@ def test_no_network(monkeypatch):
 
 @needs_mnist
 def test_real_mnist(tmp_path):
-    run("--runs", 2, "--ratios", 0.1, "--output-dir", tmp_path)
+    run_script("--runs", 2, "--ratios", 0.1, "--output-dir", tmp_path)
     results = np.load(tmp_path / "cscores-orig-order.npz")
     assert results["labels"][:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert results["n_heldout"].sum() == 2 * 54000
