@@ -45,14 +45,14 @@ class Training(NamedTuple):  # settings of SGD with momentum; each int or float 
 
 def draw_batches(run, n_examples, n_subset, training):
     """Draw a run's subset, n_subset of the N examples, and cut it and the rest into batches of batch_size B.
-    Returns the indices, int32, filled up with N (see below): train_batches [epochs, ceil(N / B), B], the
-    subset in a new order for each epoch, and heldout_batches [ceil(N / B), B], the rest."""
-    # As in the authors' code, the seed is the same at all ratios: subsets are nested, initial weights equal.
+    Returns the indices, int32, in one shape for all ratios, filled up with N (see below): train_batches
+    [epochs, ceil(N / B), B], the subset in a new order for each epoch; heldout_batches [ceil(N / B), B]."""
+    # As in the authors' code, one seed serves all ratios: `choice` cuts nested subsets, weights start equal.
     draws = np.random.RandomState(run)
     subset = draws.choice(n_examples, n_subset, replace=False)
-    # All ratios share one compilation, hence one shape, with room for N examples. The room that is left holds
-    # the index N, the filler. Batches of nothing else are never visited. Where it fills a batch up, N stands
-    # for the last image (JAX clamps it) and the label -1, which `loss` ignores; the correctness is dropped.
+    # All ratios share one compilation, hence one shape, with room for N examples; the rest of the room holds
+    # the index N, the filler. Batches of filler alone are never visited. In the last real batch, images[N] is
+    # the last image (JAX clamps), labels[N] is -1, which `loss` ignores, and correctness[N] is dropped.
     n_batches = math.ceil(n_examples / training.batch_size)
     filled = np.full((training.epochs + 1, n_batches * training.batch_size), n_examples, np.int32)
     filled[:-1, :n_subset] = [subset[draws.permutation(n_subset)] for _ in range(training.epochs)]
@@ -65,10 +65,10 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     image_shape: (height, width, channels); hidden: the widths of the layers between image and logits.
     For a network of your own, change this function and `predict`; params may be any pytree of float arrays.
-    Dropout and random shifts of the images need a key: in `heldout_correctness`, make jax.random.key(~run),
-    which is none of those here; hand it to `train`, which folds in the step's number, then to `loss` and
-    `predict`, which has no key in a test. Batch normalization would count the filler of `draw_batches`. The
-    checkpoint notices edits of the functions in `agreed_settings`; for others, use another --output-dir."""
+    Dropout and random shifts of the images need a key: let `heldout_correctness` make jax.random.key(~run),
+    a seed of no run, and hand it to `train`; there, fold in the step's number and hand it to `loss`, and that
+    to `predict`, whose key is None in a test. Batch normalization would count the filler. The checkpoint
+    notices edits of what `agreed_settings` lists; for other edits, use another --output-dir."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run, impl="threefry2x32"), (len(widths) - 1, 2))
@@ -85,7 +85,7 @@ def predict(params, images):
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
     for weights, biases in hidden:
-        activations = jax.nn.relu(jnp.inner(activations, weights) + biases[None])  # [B, out] + [1, out]
+        activations = jax.nn.relu(jnp.inner(activations, weights) + biases[None])  # jax_numpy_rank_promotion
     weights, biases = last
     return jnp.inner(activations, weights) + biases[None]
 
@@ -143,7 +143,7 @@ def cscores(n_heldout, n_correct):
 # === Many runs, on all devices ==================================================================
 def draw_groups(sizes, n_done, n_runs, group_size, n_examples, training, mesh):
     """Draw the batches of runs n_done[k] ... n_runs - 1 at each ratio k, for subsets of sizes[k] examples.
-    Yields groups: k; how many runs; and runs, train_batches, heldout_batches, arrays [group_size, ...] split
+    Yields (k, n_real, (runs, train_batches, heldout_batches)): n_real runs in arrays [group_size, ...] split
     over the mesh, that is over all devices. A short group is filled up with copies of its last run."""
     split = partial(jax.make_array_from_process_local_data, jax.NamedSharding(mesh, jax.P("runs")))
     with ThreadPoolExecutor() as drawers:
@@ -151,7 +151,7 @@ def draw_groups(sizes, n_done, n_runs, group_size, n_examples, training, mesh):
             draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
             for first in range(n_done[k], n_runs, group_size):
                 runs = np.minimum(np.arange(first, first + group_size, dtype=np.int32), n_runs - 1)
-                own = np.split(runs, jax.process_count())[jax.process_index()]  # as the mesh is ordered
+                own = np.split(runs, jax.process_count())[jax.process_index()]  # make_mesh sorts by process
                 train_batches, heldout_batches = zip(*drawers.map(draw, own))
                 arrays = split(own), split(np.stack(train_batches)), split(np.stack(heldout_batches))
                 yield k, min(group_size, n_runs - first), arrays
@@ -163,12 +163,14 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     classes, labels = np.unique(labels, return_inverse=True)
     replicate = partial(jax.make_array_from_process_local_data, jax.NamedSharding(mesh, jax.P()))
     images, labels = replicate(images), replicate(np.append(labels, -1).astype(np.int32))  # -1: the filler's
-    by_run = jax.NamedSharding(mesh, jax.P("runs"))
     one_run = partial(heldout_correctness, n_classes=len(classes), training=training)
-    all_runs = jax.jit(jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None)), out_shardings=by_run)
+    runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))  # which trains them alone
+    specs = dict(in_specs=(jax.P("runs"),) * 3 + (jax.P(),) * 3, out_specs=jax.P("runs"), check_vma=False)
+    all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs))
     for k, n_real, arrays in drawn:
-        correctness = all_runs(*arrays, sizes[k], images, labels)  # each device trains its own runs, alone
-        yield k, multihost_utils.process_allgather(correctness, tiled=True)[:n_real]
+        correctness = all_runs(*arrays, sizes[k], images, labels)
+        of_process = multihost_utils.global_array_to_host_local_array(correctness, mesh, jax.P("runs"))
+        yield k, multihost_utils.process_allgather(of_process, tiled=True)[:n_real]  # process 0 counts all
 
 
 def ahead(items):
@@ -181,7 +183,7 @@ def ahead(items):
 
 
 # === Data =======================================================================================
-DATASETS = "FILE.npz, digits (scikit-learn) or a labeled tfds set (TensorFlow, Python < 3.14; a network once)"
+DATASETS = "FILE.npz, digits (scikit-learn) or a labeled tfds set (TensorFlow, Python < 3.14; internet once)"
 
 
 class Problem(Exception):
@@ -279,9 +281,8 @@ def lock(folder):
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as held:
-        advice = "use another --output-dir, or --distributed for several processes of one job"
-        raise Problem(f"another job is at work in {folder}: {advice}") from held
+    except (BlockingIOError, PermissionError) as e:
+        raise Problem(f"another job is at work in {folder}: use another --output-dir or --distributed") from e
     except (ImportError, OSError):
         pass  # Windows has no fcntl, and some file systems have no locks: there, the user has to see to it
     return file
@@ -302,7 +303,7 @@ def write(path, save, *args, **kwargs):
 
 
 def agreed_settings(args, images, labels, group_size):
-    """A dict of what the counts depend on. Raises Problem if the processes of the job do not agree on it."""
+    """A dict of what the counts depend on. Raises Problem if processes differ in it, --runs or group_size."""
     source = map(inspect.getsource, (draw_batches, init, predict, loss, train, heldout_correctness))
     settings = dict(dataset=args.dataset_name, ratios=args.ratios, **args.training._asdict())
     settings["content"] = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()[:16]
@@ -315,7 +316,7 @@ def agreed_settings(args, images, labels, group_size):
 
 def load_counts(path, settings, shape):
     """The counts in a checkpoint, or zeros if there is none: n_heldout and n_correct, int32 [K, N].
-    Only process 0 reads it, and only its counts matter. Raises Problem if it cannot or settings differ."""
+    Only process 0 reads it: others' counts are not used. Raises Problem if it cannot or settings differ."""
     if jax.process_index() > 0 or not path.exists():
         return np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     with explained(f"cannot go on from {path}", "use another --output-dir"), np.load(path) as file:
@@ -330,7 +331,7 @@ def draw_figure(images, labels, scores, columns=10):
     """A row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
     images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown."""
     height, width, channels = images.shape[1:]
-    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # else one: the middle one
+    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # else the middle one, as gray
     classes = np.unique(labels)
     cells = np.full((len(classes), 2 * columns + 1, height + 2, width + 2, 3), 255, np.uint8)
     for row, label in zip(cells, classes):
@@ -389,7 +390,7 @@ def parse_args(argv=None):
     if not all(0 < ratio < 1 for ratio in args.ratios) or len(set(args.ratios)) < len(args.ratios):
         parser.error("--ratios must be above 0 and below 1, each given once")
     args.training = Training(*(vars(args)[name] for name in Training._fields))
-    args.dataset_name = Path(Path(args.dataset).name.partition(":")[0]).stem  # of DIR/FILE.npz or SET:VERSION
+    args.dataset_name = Path(args.dataset).stem.partition(":")[0]  # of DIR/FILE.npz or SET:VERSION
     return args
 
 
@@ -403,11 +404,10 @@ def start_jax(distributed=None):
             jax.config.update("jax_num_cpu_devices", n_cores)
     if distributed is not None:
         jax.config.update("jax_enable_preemption_service", False)  # it keeps SIGTERM from ending a process
-        join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)
+        join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)  # if one ends, so do all
         with explained("--distributed", "without Slurm or the like, add HOST:PORT P I"):
-            if distributed:
+            if distributed:  # and do not detect Slurm or the like, which would give a process one GPU
                 address, n_processes, process = distributed
-                # Without detection of Slurm or the like, a process gets all the GPUs that it sees, not one.
                 join(address, int(n_processes), int(process), cluster_detection_method="deactivate")
             else:
                 join()
@@ -423,7 +423,7 @@ def make_mesh(n_runs, parallel_runs=None):
         raise Problem(f"--distributed: processes have {n_devices} devices: start all with the same number")
     # On a CPU, two runs per core are no faster; on a GPU, 100 are a guess, not measured yet.
     group_size = min(n_runs, parallel_runs or len(devices) * (1 if devices[0].platform == "cpu" else 100))
-    devices = devices[:group_size] if jax.process_count() == 1 else devices  # few runs need few devices
+    devices = devices[:group_size] if jax.process_count() == 1 else devices  # few runs need few
     mesh = jax.sharding.Mesh(np.array(devices), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
     return mesh, mesh.size * math.ceil(group_size / mesh.size)
 
@@ -441,14 +441,14 @@ def with_progress(trained, ratios, n_done, n_runs, work):
             bar.update(len(correctness) * work[k])
             accuracy = f"held-out accuracy {correctness[correctness >= 0].mean():.4f}"
             bar.set_postfix_str(f"{done} of {total} runs, ratio {ratios[k]:g}, {accuracy}")
-            if not (warned or bar.disable) and not (correctness == 1).any(axis=1).all():
+            if not (warned or bar.disable) and (correctness < 1).all(axis=1).any():
                 warned = True
                 what = f"warning: at ratio {ratios[k]:g} a model was wrong on all that it held out"
                 bar.write(f"{what}: if it diverged, try a smaller --learning-rate", file=sys.stderr)
 
 
 def main(argv=None):
-    """The job: devices, data, checkpoint, missing runs, results. A process alone communicates nothing."""
+    """The job: devices, data, checkpoint, missing runs, results. In one process, nothing communicates."""
     args = parse_args(argv)
     with explained("matplotlib does not work", "pip install -r requirements.txt"):
         import matplotlib.image  # noqa: F401  (now, not after the last run)
@@ -458,7 +458,7 @@ def main(argv=None):
     if is_writer:
         print(f"JAX {jax.__version__} on {mesh.size} x {mesh.devices[0].device_kind}", file=sys.stderr)
         lock_file = lock(args.output_dir)
-    multihost_utils.sync_global_devices("connected")  # before a download, as Gloo waits 30 s for a connection
+    multihost_utils.sync_global_devices("connected")  # now, not after a download: Gloo waits 30 s
     if not is_writer:
         multihost_utils.sync_global_devices("process 0 has loaded")  # only one can prepare a tfds data set
     images, labels, original = load(args.dataset, args.data_dir)
@@ -469,13 +469,13 @@ def main(argv=None):
     checkpoint = args.output_dir / "cscores-checkpoint.npz"
     n_heldout, n_correct = load_counts(checkpoint, settings, (len(sizes), len(images)))
     n_out = len(images) - sizes  # examples that a run holds out
-    n_done = multihost_utils.broadcast_one_to_all(n_heldout.sum(axis=1) // n_out)
+    n_done = multihost_utils.broadcast_one_to_all(n_heldout.sum(axis=1) // n_out)  # all do the same groups
     if max(n_done) > args.runs:
         raise Problem(f"{max(n_done)} runs are done: give --runs that many or use another --output-dir")
 
     drawn = ahead(draw_groups(sizes, n_done, args.runs, group_size, len(images), args.training, mesh))
     trained = ahead(train_groups(drawn, sizes, images, labels, args.training, mesh))
-    work = args.training.epochs * sizes + n_out / 2  # to test an example is half the work of a step on it
+    work = args.training.epochs * sizes + n_out / 2  # per example, a test costs about half a step
     for k, correctness in with_progress(trained, args.ratios, n_done, args.runs, work):
         n_heldout[k] += (correctness >= 0).sum(axis=0)
         n_correct[k] += (correctness == 1).sum(axis=0)

@@ -1,5 +1,6 @@
 """Several processes on this machine: `python mnist.py --distributed`, on the digits."""
 
+import re
 import shutil
 
 import jax
@@ -43,6 +44,8 @@ def test_two_processes_give_the_files_of_one(alone, tmp_path, by_hand):
     assert status == 0 and "on 4 x cpu" in err and "mean C-score" in out and "100%" in err, err
     assert other[0] == 0 and "C-score" not in other[1] and "JAX" not in other[2] and "%|" not in other[2]
     assert same_results(first, alone) and not second.exists()
+    # A device connects to one in each process, at the start: Gloo would not wait for a slow group of runs.
+    assert set(re.findall(r"connected peer ranks is : (\d+)", out + err)) == {"1"}
     before = (first / "cscores-checkpoint.npz").stat().st_mtime_ns
     run_here(*FOUR, "--output-dir", first)
     assert same_results(first, alone)
