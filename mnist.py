@@ -438,9 +438,9 @@ def with_progress(trained, ratios, n_done, n_runs, work):
         for k, correctness in trained:
             yield k, correctness
             done += len(correctness)
-            bar.update(len(correctness) * work[k])
             accuracy = f"held-out accuracy {correctness[correctness >= 0].mean():.4f}"
-            bar.set_postfix_str(f"{done} of {total} runs, ratio {ratios[k]:g}, {accuracy}")
+            bar.set_postfix_str(f"{done} of {total} runs, ratio {ratios[k]:g}, {accuracy}", refresh=False)
+            bar.update(len(correctness) * work[k])
             if not (warned or bar.disable) and (correctness < 1).all(axis=1).any():
                 warned = True
                 what = f"warning: at ratio {ratios[k]:g} a model was wrong on all that it held out"
