@@ -47,12 +47,12 @@ def draw_batches(run, n_examples, n_subset, training):
     """Draw a run's subset, n_subset of the N examples, and cut it and the rest into batches of batch_size B.
     Returns the indices, int32, in one shape for all ratios, filled up with N (see below): train_batches
     [epochs, ceil(N / B), B], the subset in a new order for each epoch; heldout_batches [ceil(N / B), B]."""
-    # As in the authors' code, one seed serves all ratios: `choice` cuts nested subsets, weights start equal.
+    # As in the authors' code, all ratios of a run share its seed: nested subsets, equal initial weights.
     draws = np.random.RandomState(run)
     subset = draws.choice(n_examples, n_subset, replace=False)
     # All ratios share one compilation, hence one shape, with room for N examples; the rest of the room holds
-    # the index N, the filler. Batches of filler alone are never visited. In the last real batch, images[N] is
-    # the last image (JAX clamps), labels[N] is -1, which `loss` ignores, and correctness[N] is dropped.
+    # the index N, the filler. Batches of filler alone are never visited; in a last batch it does no harm: JAX
+    # takes images[N] for the last image, `loss` ignores its label, labels[N] = -1, `test` drops its result.
     n_batches = math.ceil(n_examples / training.batch_size)
     filled = np.full((training.epochs + 1, n_batches * training.batch_size), n_examples, np.int32)
     filled[:-1, :n_subset] = [subset[draws.permutation(n_subset)] for _ in range(training.epochs)]
@@ -65,10 +65,10 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     image_shape: (height, width, channels); hidden: the widths of the layers between image and logits.
     For a network of your own, change this function and `predict`; params may be any pytree of float arrays.
-    Dropout and random shifts of the images need a key: let `heldout_correctness` make jax.random.key(~run),
-    a seed of no run, and hand it to `train`; there, fold in the step's number and hand it to `loss`, and that
-    to `predict`, whose key is None in a test. Batch normalization would count the filler. The checkpoint
-    notices edits of what `agreed_settings` lists; for other edits, use another --output-dir."""
+    Dropout and random shifts of the images need a key. In `heldout_correctness`, make jax.random.key(~run),
+    which no run's `init` uses, and pass it to `train`; there, `step` passes jax.random.fold_in(key, i) to
+    `loss`, and `loss` to `predict`, which has no key in `test`. (Batch normalization would count the filler.)
+    The checkpoint notices edits of these six functions, not of a helper: then use another --output-dir."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run, impl="threefry2x32"), (len(widths) - 1, 2))
@@ -85,7 +85,7 @@ def predict(params, images):
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
     for weights, biases in hidden:
-        activations = jax.nn.relu(jnp.inner(activations, weights) + biases[None])  # jax_numpy_rank_promotion
+        activations = jax.nn.relu(jnp.inner(activations, weights) + biases[None])  # no rank promotion
     weights, biases = last
     return jnp.inner(activations, weights) + biases[None]
 
@@ -151,7 +151,7 @@ def draw_groups(sizes, n_done, n_runs, group_size, n_examples, training, mesh):
             draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
             for first in range(n_done[k], n_runs, group_size):
                 runs = np.minimum(np.arange(first, first + group_size, dtype=np.int32), n_runs - 1)
-                own = np.split(runs, jax.process_count())[jax.process_index()]  # make_mesh sorts by process
+                own = np.split(runs, jax.process_count())[jax.process_index()]  # in the mesh's order
                 train_batches, heldout_batches = zip(*drawers.map(draw, own))
                 arrays = split(own), split(np.stack(train_batches)), split(np.stack(heldout_batches))
                 yield k, min(group_size, n_runs - first), arrays
@@ -164,13 +164,13 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     replicate = partial(jax.make_array_from_process_local_data, jax.NamedSharding(mesh, jax.P()))
     images, labels = replicate(images), replicate(np.append(labels, -1).astype(np.int32))  # -1: the filler's
     one_run = partial(heldout_correctness, n_classes=len(classes), training=training)
-    runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))  # which trains them alone
+    runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))  # alone: nothing communicates
     specs = dict(in_specs=(jax.P("runs"),) * 3 + (jax.P(),) * 3, out_specs=jax.P("runs"), check_vma=False)
-    all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs))
-    for k, n_real, arrays in drawn:
+    all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs))  # check_vma refuses loops
+    for k, n_real, arrays in drawn:  # and gather by process, as Gloo has connected, not by device
         correctness = all_runs(*arrays, sizes[k], images, labels)
         of_process = multihost_utils.global_array_to_host_local_array(correctness, mesh, jax.P("runs"))
-        yield k, multihost_utils.process_allgather(of_process, tiled=True)[:n_real]  # process 0 counts all
+        yield k, multihost_utils.process_allgather(of_process, tiled=True)[:n_real]  # without copies
 
 
 def ahead(items):
@@ -344,7 +344,7 @@ def draw_figure(images, labels, scores, columns=10):
 
 
 def write_results(args, images, labels, original, n_heldout, n_correct):
-    """Write scores in the images' order; all results, in the original order if it is known; the figure."""
+    """Write the scores, in the images' order; all results, in the original order if known; the figure."""
     from matplotlib.image import imsave
 
     scores, profile = cscores(n_heldout, n_correct)
@@ -406,8 +406,8 @@ def start_jax(distributed=None):
         jax.config.update("jax_enable_preemption_service", False)  # it keeps SIGTERM from ending a process
         join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)  # if one ends, so do all
         with explained("--distributed", "without Slurm or the like, add HOST:PORT P I"):
-            if distributed:  # and do not detect Slurm or the like, which would give a process one GPU
-                address, n_processes, process = distributed
+            if distributed:
+                address, n_processes, process = distributed  # "deactivate": Slurm etc. would give it one GPU
                 join(address, int(n_processes), int(process), cluster_detection_method="deactivate")
             else:
                 join()
@@ -423,7 +423,7 @@ def make_mesh(n_runs, parallel_runs=None):
         raise Problem(f"--distributed: processes have {n_devices} devices: start all with the same number")
     # On a CPU, two runs per core are no faster; on a GPU, 100 are a guess, not measured yet.
     group_size = min(n_runs, parallel_runs or len(devices) * (1 if devices[0].platform == "cpu" else 100))
-    devices = devices[:group_size] if jax.process_count() == 1 else devices  # few runs need few
+    devices = devices[:group_size] if jax.process_count() == 1 else devices  # few, for few runs
     mesh = jax.sharding.Mesh(np.array(devices), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
     return mesh, mesh.size * math.ceil(group_size / mesh.size)
 
@@ -458,7 +458,7 @@ def main(argv=None):
     if is_writer:
         print(f"JAX {jax.__version__} on {mesh.size} x {mesh.devices[0].device_kind}", file=sys.stderr)
         lock_file = lock(args.output_dir)
-    multihost_utils.sync_global_devices("connected")  # now, not after a download: Gloo waits 30 s
+    multihost_utils.sync_global_devices("connected")  # connect before a download: Gloo gives up after 30 s
     if not is_writer:
         multihost_utils.sync_global_devices("process 0 has loaded")  # only one can prepare a tfds data set
     images, labels, original = load(args.dataset, args.data_dir)
