@@ -49,10 +49,10 @@ def draw_batches(run, n_examples, n_subset, training):
     [epochs, ceil(N / B), B], the subset in a new order for each epoch; heldout_batches [ceil(N / B), B]."""
     # As in the authors' code, all ratios of a run share its seed: nested subsets, equal initial weights.
     draws = np.random.RandomState(run)
-    subset = draws.choice(n_examples, n_subset, replace=False)
+    subset = draws.choice(n_examples, n_subset, replace=False)  # the start of a permutation, hence nested
     # All ratios share one compilation, hence one shape, with room for N examples; the rest of the room holds
     # the index N, the filler. Batches of filler alone are never visited; in a last batch it does no harm: JAX
-    # takes images[N] for the last image, `loss` ignores its label, labels[N] = -1, `test` drops its result.
+    # clamps images[N] to the last image, labels[N] is -1, which `loss` ignores, and `test` drops index N.
     n_batches = math.ceil(n_examples / training.batch_size)
     filled = np.full((training.epochs + 1, n_batches * training.batch_size), n_examples, np.int32)
     filled[:-1, :n_subset] = [subset[draws.permutation(n_subset)] for _ in range(training.epochs)]
@@ -68,7 +68,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
     Dropout and random shifts of the images need a key. In `heldout_correctness`, make jax.random.key(~run),
     which no run's `init` uses, and pass it to `train`; there, `step` passes jax.random.fold_in(key, i) to
     `loss`, and `loss` to `predict`, which has no key in `test`. (Batch normalization would count the filler.)
-    The checkpoint notices edits of these six functions, not of a helper: then use another --output-dir."""
+    Edits from `draw_batches` to `heldout_correctness` void checkpoints; for others, change --output-dir."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run, impl="threefry2x32"), (len(widths) - 1, 2))
@@ -85,7 +85,7 @@ def predict(params, images):
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
     for weights, biases in hidden:
-        activations = jax.nn.relu(jnp.inner(activations, weights) + biases[None])  # no rank promotion
+        activations = jax.nn.relu(jnp.inner(activations, weights) + biases[None])  # [None] makes ranks equal
     weights, biases = last
     return jnp.inner(activations, weights) + biases[None]
 
@@ -151,26 +151,26 @@ def draw_groups(sizes, n_done, n_runs, group_size, n_examples, training, mesh):
             draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
             for first in range(n_done[k], n_runs, group_size):
                 runs = np.minimum(np.arange(first, first + group_size, dtype=np.int32), n_runs - 1)
-                own = np.split(runs, jax.process_count())[jax.process_index()]  # in the mesh's order
+                own = np.split(runs, jax.process_count())[jax.process_index()]  # make_mesh sorts by process
                 train_batches, heldout_batches = zip(*drawers.map(draw, own))
                 arrays = split(own), split(np.stack(train_batches)), split(np.stack(heldout_batches))
                 yield k, min(group_size, n_runs - first), arrays
 
 
 def train_groups(drawn, sizes, images, labels, training, mesh):
-    """Train and test each group, all its runs at once. Yields k and correctness, int8 [runs, N], which all
-    processes get. images: uint8 [N, height, width, channels]; labels: integers [N]."""
+    """Train and test each group, all its runs at once. Yields k and correctness, int8 [runs, N], gathered by
+    the connections of `main`. images: uint8 [N, height, width, channels]; labels: integers [N]."""
     classes, labels = np.unique(labels, return_inverse=True)
     replicate = partial(jax.make_array_from_process_local_data, jax.NamedSharding(mesh, jax.P()))
     images, labels = replicate(images), replicate(np.append(labels, -1).astype(np.int32))  # -1: the filler's
     one_run = partial(heldout_correctness, n_classes=len(classes), training=training)
-    runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))  # alone: nothing communicates
+    runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))  # devices do not communicate
     specs = dict(in_specs=(jax.P("runs"),) * 3 + (jax.P(),) * 3, out_specs=jax.P("runs"), check_vma=False)
-    all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs))  # check_vma refuses loops
-    for k, n_real, arrays in drawn:  # and gather by process, as Gloo has connected, not by device
+    all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs))  # vma: loops start unvarying
+    for k, n_real, arrays in drawn:
         correctness = all_runs(*arrays, sizes[k], images, labels)
         of_process = multihost_utils.global_array_to_host_local_array(correctness, mesh, jax.P("runs"))
-        yield k, multihost_utils.process_allgather(of_process, tiled=True)[:n_real]  # without copies
+        yield k, multihost_utils.process_allgather(of_process, tiled=True)[:n_real]  # drops the copies
 
 
 def ahead(items):
@@ -407,7 +407,7 @@ def start_jax(distributed=None):
         join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)  # if one ends, so do all
         with explained("--distributed", "without Slurm or the like, add HOST:PORT P I"):
             if distributed:
-                address, n_processes, process = distributed  # "deactivate": Slurm etc. would give it one GPU
+                address, n_processes, process = distributed  # detection of Slurm would leave it one GPU
                 join(address, int(n_processes), int(process), cluster_detection_method="deactivate")
             else:
                 join()
@@ -458,7 +458,7 @@ def main(argv=None):
     if is_writer:
         print(f"JAX {jax.__version__} on {mesh.size} x {mesh.devices[0].device_kind}", file=sys.stderr)
         lock_file = lock(args.output_dir)
-    multihost_utils.sync_global_devices("connected")  # connect before a download: Gloo gives up after 30 s
+    multihost_utils.sync_global_devices("connected")  # Gloo waits 30 s to connect, but longer for data
     if not is_writer:
         multihost_utils.sync_global_devices("process 0 has loaded")  # only one can prepare a tfds data set
     images, labels, original = load(args.dataset, args.data_dir)

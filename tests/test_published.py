@@ -60,7 +60,7 @@ def test_the_readme_counts_right(published, n_correct):
         (scores == 0, "at exactly 0"),
     ):
         assert f"{where} are {count.sum():,}" in README.lower()
-    assert f"The first are {', '.join(map(str, np.flatnonzero(scores == 0)[:5]))}." in README
+    assert f"The first of these 63 are {', '.join(map(str, np.flatnonzero(scores == 0)[:5]))}." in README
     assert f"{np.mean(scores == 1):.0%} of the scores are exactly 1" in README
     accuracies = n_correct.sum(axis=1) / published["n_heldout"].sum(axis=1)
     assert ", ".join(f"{accuracy:.4f}"[1:] for accuracy in accuracies) in README
