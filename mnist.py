@@ -65,10 +65,10 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     image_shape: (height, width, channels); hidden: the widths of the layers between image and logits.
     For a network of your own, change this function and `predict`; params may be any pytree of float arrays.
-    Dropout and random shifts of the images need a key. In `heldout_correctness`, make jax.random.key(~run),
-    which no run's `init` uses, and pass it to `train`; there, `step` passes jax.random.fold_in(key, i) to
-    `loss`, and `loss` to `predict`, which has no key in `test`. (Batch normalization would count the filler.)
-    Edits from `draw_batches` to `heldout_correctness` void checkpoints; for others, change --output-dir."""
+    Dropout and random shifts of the images need a key. In `heldout_correctness`, make jax.random.key(~run)
+    (no `init` uses that seed) and hand it to `train`; its `step` hands jax.random.fold_in(key, i) to `loss`,
+    which hands it to `predict`; `test` gives `predict` none. (Batch normalization would count the filler.)
+    After edits use a new --output-dir: a job refuses the old one, but does not notice edits of helpers."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run, impl="threefry2x32"), (len(widths) - 1, 2))
@@ -85,7 +85,7 @@ def predict(params, images):
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
     for weights, biases in hidden:
-        activations = jax.nn.relu(jnp.inner(activations, weights) + biases[None])  # [None] makes ranks equal
+        activations = jax.nn.relu(jnp.inner(activations, weights) + biases[None])  # [None]: no rank promotion
     weights, biases = last
     return jnp.inner(activations, weights) + biases[None]
 
@@ -151,23 +151,23 @@ def draw_groups(sizes, n_done, n_runs, group_size, n_examples, training, mesh):
             draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
             for first in range(n_done[k], n_runs, group_size):
                 runs = np.minimum(np.arange(first, first + group_size, dtype=np.int32), n_runs - 1)
-                own = np.split(runs, jax.process_count())[jax.process_index()]  # make_mesh sorts by process
+                own = np.split(runs, jax.process_count())[jax.process_index()]  # the mesh is in process order
                 train_batches, heldout_batches = zip(*drawers.map(draw, own))
                 arrays = split(own), split(np.stack(train_batches)), split(np.stack(heldout_batches))
                 yield k, min(group_size, n_runs - first), arrays
 
 
 def train_groups(drawn, sizes, images, labels, training, mesh):
-    """Train and test each group, all its runs at once. Yields k and correctness, int8 [runs, N], gathered by
-    the connections of `main`. images: uint8 [N, height, width, channels]; labels: integers [N]."""
+    """Train and test groups, each device by itself, then gather. Yields k and correctness, int8 [runs, N], of
+    the whole group in every process. images: uint8 [N, height, width, channels]; labels: integers [N]."""
     classes, labels = np.unique(labels, return_inverse=True)
     replicate = partial(jax.make_array_from_process_local_data, jax.NamedSharding(mesh, jax.P()))
     images, labels = replicate(images), replicate(np.append(labels, -1).astype(np.int32))  # -1: the filler's
     one_run = partial(heldout_correctness, n_classes=len(classes), training=training)
-    runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))  # devices do not communicate
+    runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))
     specs = dict(in_specs=(jax.P("runs"),) * 3 + (jax.P(),) * 3, out_specs=jax.P("runs"), check_vma=False)
-    all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs))  # vma: loops start unvarying
-    for k, n_real, arrays in drawn:
+    all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs))  # check_vma=True bars our loops
+    for k, n_real, arrays in drawn:  # below, host-local parts: to gather a global array, Gloo connects anew
         correctness = all_runs(*arrays, sizes[k], images, labels)
         of_process = multihost_utils.global_array_to_host_local_array(correctness, mesh, jax.P("runs"))
         yield k, multihost_utils.process_allgather(of_process, tiled=True)[:n_real]  # drops the copies
@@ -407,7 +407,7 @@ def start_jax(distributed=None):
         join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)  # if one ends, so do all
         with explained("--distributed", "without Slurm or the like, add HOST:PORT P I"):
             if distributed:
-                address, n_processes, process = distributed  # detection of Slurm would leave it one GPU
+                address, n_processes, process = distributed  # "deactivate": else, Slurm limits us to a GPU
                 join(address, int(n_processes), int(process), cluster_detection_method="deactivate")
             else:
                 join()
@@ -423,7 +423,7 @@ def make_mesh(n_runs, parallel_runs=None):
         raise Problem(f"--distributed: processes have {n_devices} devices: start all with the same number")
     # On a CPU, two runs per core are no faster; on a GPU, 100 are a guess, not measured yet.
     group_size = min(n_runs, parallel_runs or len(devices) * (1 if devices[0].platform == "cpu" else 100))
-    devices = devices[:group_size] if jax.process_count() == 1 else devices  # few, for few runs
+    devices = devices[:group_size] if jax.process_count() == 1 else devices  # no more than runs
     mesh = jax.sharding.Mesh(np.array(devices), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
     return mesh, mesh.size * math.ceil(group_size / mesh.size)
 
@@ -458,7 +458,7 @@ def main(argv=None):
     if is_writer:
         print(f"JAX {jax.__version__} on {mesh.size} x {mesh.devices[0].device_kind}", file=sys.stderr)
         lock_file = lock(args.output_dir)
-    multihost_utils.sync_global_devices("connected")  # Gloo waits 30 s to connect, but longer for data
+    multihost_utils.sync_global_devices("connected")  # before the slow load: Gloo waits 30 s to connect
     if not is_writer:
         multihost_utils.sync_global_devices("process 0 has loaded")  # only one can prepare a tfds data set
     images, labels, original = load(args.dataset, args.data_dir)
