@@ -167,7 +167,7 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))
     specs = dict(in_specs=(jax.P("runs"),) * 3 + (jax.P(),) * 3, out_specs=jax.P("runs"), check_vma=False)
     all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs))  # check_vma=True bars our loops
-    for k, n_real, arrays in drawn:  # below, host-local parts: to gather a global array, Gloo connects anew
+    for k, n_real, arrays in drawn:  # allgather host-local parts: it reuses the links made at "connected"
         correctness = all_runs(*arrays, sizes[k], images, labels)
         of_process = multihost_utils.global_array_to_host_local_array(correctness, mesh, jax.P("runs"))
         yield k, multihost_utils.process_allgather(of_process, tiled=True)[:n_real]  # drops the copies
@@ -407,7 +407,7 @@ def start_jax(distributed=None):
         join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)  # if one ends, so do all
         with explained("--distributed", "without Slurm or the like, add HOST:PORT P I"):
             if distributed:
-                address, n_processes, process = distributed  # "deactivate": else, Slurm limits us to a GPU
+                address, n_processes, process = distributed  # "deactivate": Slurm would allot only one GPU
                 join(address, int(n_processes), int(process), cluster_detection_method="deactivate")
             else:
                 join()
