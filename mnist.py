@@ -68,7 +68,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
     Dropout and random shifts of the images need a key. In `heldout_correctness`, make jax.random.key(~run)
     (no `init` uses that seed) and hand it to `train`; its `step` hands jax.random.fold_in(key, i) to `loss`,
     which hands it to `predict`; `test` gives `predict` none. (Batch normalization would count the filler.)
-    After edits use a new --output-dir: a job refuses the old one, but does not notice edits of helpers."""
+    After edits use a new --output-dir: a job refuses the old one, but notices edits only of six functions."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run, impl="threefry2x32"), (len(widths) - 1, 2))
@@ -167,7 +167,7 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))
     specs = dict(in_specs=(jax.P("runs"),) * 3 + (jax.P(),) * 3, out_specs=jax.P("runs"), check_vma=False)
     all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs))  # check_vma=True bars our loops
-    for k, n_real, arrays in drawn:  # allgather host-local parts: it reuses the links made at "connected"
+    for k, n_real, arrays in drawn:  # host-local arrays gather over links that main's first sync opened
         correctness = all_runs(*arrays, sizes[k], images, labels)
         of_process = multihost_utils.global_array_to_host_local_array(correctness, mesh, jax.P("runs"))
         yield k, multihost_utils.process_allgather(of_process, tiled=True)[:n_real]  # drops the copies
@@ -407,14 +407,14 @@ def start_jax(distributed=None):
         join = partial(jax.distributed.initialize, heartbeat_timeout_seconds=30)  # if one ends, so do all
         with explained("--distributed", "without Slurm or the like, add HOST:PORT P I"):
             if distributed:
-                address, n_processes, process = distributed  # "deactivate": Slurm would allot only one GPU
+                address, n_processes, process = distributed  # below: Slurm detection would leave it 1 GPU
                 join(address, int(n_processes), int(process), cluster_detection_method="deactivate")
             else:
                 join()
 
 
 def make_mesh(n_runs, parallel_runs=None):
-    """A mesh "runs" of all devices of all processes; and the size of a group of runs, which train at once:
+    """A mesh "runs" of all devices of the job or of as many as a group has runs; and a group's size, in runs:
     parallel_runs or a default, rounded up to fill the mesh. Raises Problem if devices are missing."""
     with explained("no devices", "try JAX_PLATFORMS=cpu; for --distributed, the host's name must resolve"):
         devices = sorted(jax.devices(), key=lambda device: device.process_index)  # grouped by process
@@ -458,7 +458,7 @@ def main(argv=None):
     if is_writer:
         print(f"JAX {jax.__version__} on {mesh.size} x {mesh.devices[0].device_kind}", file=sys.stderr)
         lock_file = lock(args.output_dir)
-    multihost_utils.sync_global_devices("connected")  # before the slow load: Gloo waits 30 s to connect
+    multihost_utils.sync_global_devices("connected")  # links Gloo within its 30 s; once linked, it waits long
     if not is_writer:
         multihost_utils.sync_global_devices("process 0 has loaded")  # only one can prepare a tfds data set
     images, labels, original = load(args.dataset, args.data_dir)
@@ -474,7 +474,7 @@ def main(argv=None):
         raise Problem(f"{max(n_done)} runs are done: give --runs that many or use another --output-dir")
 
     drawn = ahead(draw_groups(sizes, n_done, args.runs, group_size, len(images), args.training, mesh))
-    trained = ahead(train_groups(drawn, sizes, images, labels, args.training, mesh))
+    trained = ahead(train_groups(drawn, sizes, images, labels, args.training, mesh))  # only it communicates
     work = args.training.epochs * sizes + n_out / 2  # per example, a test costs about half a step
     for k, correctness in with_progress(trained, args.ratios, n_done, args.runs, work):
         n_heldout[k] += (correctness >= 0).sum(axis=0)
