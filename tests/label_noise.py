@@ -10,11 +10,16 @@ repeats, of scikit-learn's MLP with the layers, the batches and the SGD of mnist
 """
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for products this small, threads only collide
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -41,7 +46,8 @@ def cscores(images, labels, runs):
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/own.npz", images=images, labels=labels)
         args = f"--dataset {folder}/own.npz --output-dir {folder} --batch-size 100 --runs {runs}"
-        mnist.main(args.split())
+        with contextlib.redirect_stdout(io.StringIO()):
+            mnist.main(args.split())
         return np.load(f"{folder}/cscores.npy")
 
 
