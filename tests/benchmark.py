@@ -147,7 +147,7 @@ def main():
     table("full job, projected", projected(alone), projected(together))
     if args.full:
         start = time.perf_counter()
-        sizes = [round(n * ratio) for ratio in ratios]
+        sizes = mnist.subset_sizes(ratios, n, TRAINING.batch_size)
         for _ in mnist.ahead(train_groups(sizes, 200)):
             pass
         table("full job, measured", "", f"{(time.perf_counter() - start) / 60:.1f} min")

@@ -25,11 +25,11 @@ needs_mnist = pytest.mark.skipif(not HAS_MNIST, reason="TFDS_DATA_DIR does not h
 
 
 # --- The script in a process of its own ---
-def start_script(*args, through=(), devices=2, env=None, **kwargs):
-    """Start the script, on so many CPU devices."""
+def start_script(*args, script=SCRIPT, through=(), devices=2, env=None, **kwargs):
+    """Start the script, or a changed copy of it, on so many CPU devices."""
     # A shell starts what it puts into the background with Ctrl-C ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    command = [*through, sys.executable, str(SCRIPT), *map(str, args)]
+    command = [*through, sys.executable, str(script), *map(str, args)]
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | (env or {})
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, env=env, **pipes, **kwargs)

@@ -246,9 +246,9 @@ def test_another_algorithm_is_refused_another_command_line_is_not(tiny, tmp_path
     changed = tmp_path / "mnist.py"
     assert old in SCRIPT.read_text()
     changed.write_text(SCRIPT.read_text().replace(old, new))
-    command = [sys.executable, changed, *map(str, TINY), "--output-dir", tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == (0 if same else 1) and ("made with algorithm " in done.stderr) == (not same)
+    args = [*TINY, "--output-dir", tmp_path / "out"]
+    _, err = run_script(*args, script=changed, status=0 if same else 1)
+    assert ("made with algorithm " in err) == (not same)
     assert same_results(tmp_path / "out", tiny)
 
 
@@ -504,12 +504,8 @@ def test_devices_of_one_process_do_not_communicate(tmp_path, network):
         assert first in script
         script = script.replace(first, CONVOLUTION)
     (tmp_path / "mnist.py").write_text(script)
-    env = {
-        "XLA_FLAGS": f"--xla_dump_to={tmp_path / 'xla'} --xla_dump_hlo_as_text",
-        "JAX_NUM_CPU_DEVICES": "2",
-    }
-    command = [sys.executable, tmp_path / "mnist.py", *map(str, TINY), "--output-dir", tmp_path / "out"]
-    subprocess.run(command, env=os.environ | env, check=True, capture_output=True, timeout=240)
+    env = {"XLA_FLAGS": f"--xla_dump_to={tmp_path / 'xla'} --xla_dump_hlo_as_text"}
+    run_script(*TINY, "--output-dir", tmp_path / "out", script=tmp_path / "mnist.py", env=env)
     programs = [path.read_text() for path in (tmp_path / "xla").glob("*after_optimizations.txt")]
     assert any("while(" in program for program in programs)
     assert any("convolution(" in program for program in programs) == (network == "convolution")
