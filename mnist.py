@@ -125,9 +125,8 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
         correct = finite & (logits.argmax(axis=-1) == labels[batch])
         return correctness.at[batch].set(correct.astype(jnp.int8), mode="drop")  # drops the filler, index N
 
-    # `inner` asks JAX for the precision; for float32, what JAX or its user has chosen stays.
-    in_bfloat16 = training.precision == "bfloat16"
-    with jax.default_matmul_precision("bfloat16") if in_bfloat16 else nullcontext():
+    # For `inner`, which reads it. None, for float32, leaves what JAX or its user has chosen.
+    with jax.default_matmul_precision("bfloat16") if training.precision == "bfloat16" else nullcontext():
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(~run)  # for the steps; `init` has run itself
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
@@ -156,30 +155,30 @@ def inner(x, weights):
     def backward(rounded, gradient):
         x, weights = rounded
         gradient = gradient.astype(jnp.bfloat16)
-        # A CPU's unit for bfloat16 does not take a transposed first operand, hence gathers do that.
+        # Gathers transpose it: a CPU's unit for bfloat16 does not take a transposed first operand.
         transposed = gradient.ravel()[jnp.arange(gradient.size).reshape(gradient.shape).T]
         return jnp.matmul(gradient, weights, **to_float32), jnp.matmul(transposed, x, **to_float32)
 
-    in_bfloat16 = jax.custom_vjp(lambda x, weights: forward(x, weights)[0])
+    in_bfloat16 = jax.custom_vjp(lambda *operands: forward(*operands)[0])
     in_bfloat16.defvjp(forward, backward)
     return in_bfloat16(x, weights)
 
 
 # === Many runs, on all devices ==================================================================
 def split_group(devices, n_runs, parallel_runs=None):
-    """How the devices share a group of at most n_runs runs: a mesh "runs" of those that take part, and the
-    group's size, a multiple of theirs. parallel_runs: the size to aim at; by default it suits the devices."""
+    """A mesh "runs" of the devices that train a group, no more than n_runs, and the group's size in runs:
+    parallel_runs, or what suits the devices, rounded up to fill them."""
     # On a CPU, two runs per core are no faster; on a GPU, 100 are a guess, not measured yet.
-    at_once = parallel_runs or len(devices) * (1 if devices[0].platform == "cpu" else 100)
-    at_once = max(1, min(at_once, n_runs))
+    suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
+    at_once = max(1, min(parallel_runs or suitable, n_runs))
     mesh = jax.sharding.Mesh(devices[:at_once], ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
     return mesh, math.ceil(at_once / mesh.size) * mesh.size
 
 
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     """Draw the batches of the runs missing[k] at each ratio k, for subsets of sizes[k] examples, in groups.
-    Yields (k, runs, (filled, train_batches, heldout_batches)): the group's runs, and arrays [group_size, ...]
-    that train them, split over the mesh. A short group is filled up with copies of its last run."""
+    Yields (k, runs, arrays); the arrays [group_size, ...], split over the mesh, are the runs and what
+    `draw_batches` returns for them. A short group is filled up with copies of its last run."""
     by_run = jax.NamedSharding(mesh, jax.P("runs"))
     with ThreadPoolExecutor() as drawers:
         for first in range(0, max(map(len, missing)), group_size):
@@ -239,9 +238,14 @@ def load(dataset, data_dir=None):
     Raises Problem if it cannot be had or is not a set of images of one size, each with a label."""
     with explained(f"cannot load --dataset {dataset}", f"it takes {DATASETS}"):
         if dataset.lower().endswith(".npz"):
-            images, labels, original = load_npz(dataset)
+            images, labels = load_npz(dataset)
+            original = np.arange(len(images))
         elif dataset == "digits":
-            images, labels, original = load_digits()
+            from sklearn.datasets import load_digits
+
+            images, labels = load_digits(return_X_y=True)  # pixels are 0 ... 16
+            images, labels = np.round(images.reshape(-1, 8, 8) * (255 / 16)), labels.astype(np.int32)
+            original = np.arange(len(images))
         else:
             images, labels, original = load_tfds(dataset, data_dir)
     return check_images(images), check_labels(labels, len(images)), original
@@ -252,16 +256,8 @@ def load_npz(path):
     with np.load(path) as file:  # which refuses pickles
         for x, y in ("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels"):
             if x in file and y in file:
-                return (images := file[x]), file[y], np.arange(len(images))
+                return file[x], file[y]
         raise ValueError(f"it has {', '.join(file) or 'nothing'}, not images and labels")
-
-
-def load_digits():
-    """The 1,797 digits of 8 x 8 pixels, 0 ... 16, that scikit-learn carries."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return np.round(digits.images * (255 / 16)), digits.target.astype(np.int32), np.arange(len(digits.images))
 
 
 def load_tfds(dataset, data_dir):
@@ -306,7 +302,7 @@ def check_images(images):
     exact[...] = images
     low, high = float(images.min()), float(images.max())
     if dtype != np.uint8 and (high <= 1 or (exact != images).any()):
-        ends = [min(low, 0.0), 1.0 if high <= 1 else max(high, 255.0)]
+        ends = [low, high] if low < 0 else [0, 1 if high <= 1 else max(high, 255)]
         advice = f"np.uint8(np.round(np.interp(images, {ends}, [0, 255])))"
         advice = advice if np.isfinite(low + high) else "without images that are not all numbers"
         raise Problem(f"images must be whole, 0 to 255, not {dtype} {low:g} to {high:g}: try {advice}")
@@ -316,19 +312,17 @@ def check_images(images):
 @np.errstate(invalid="ignore")
 def check_labels(labels, n_examples):
     """The labels as integers [N]. Raises Problem if they are not whole numbers of several classes."""
-    found = f"{labels.dtype} {labels.shape}"
-    if labels.shape in ((n_examples, 1), (1, n_examples)):  # as MATLAB has them
-        labels = labels.ravel()
-    whole = labels.astype(np.int64) if labels.dtype.kind in "bf" else labels
-    if labels.shape != (n_examples,):
+    flat = labels.ravel() if labels.shape in ((n_examples, 1), (1, n_examples)) else labels  # as MATLAB's are
+    whole = flat.astype(np.int64) if flat.dtype.kind in "bf" else flat
+    if whole.shape == (n_examples,) and whole.dtype.kind in "iu" and (whole == flat).all():
+        if (whole != whole[0]).any():
+            return whole
+        raise Problem(f"labels must be of several classes, not all {whole[0]}: every score would be 1")
+    advice = "np.unique(labels, return_inverse=True)[1], without examples that have no label"
+    if flat.shape != (n_examples,):
         advice = "labels.argmax(axis=1) if each row has a single 1"
-    elif whole.dtype.kind not in "iu" or (whole != labels).any():
-        advice = "np.unique(labels, return_inverse=True)[1], without examples that have no label"
-    elif (whole == whole[0]).all():
-        advice = f"other labels than {whole[0]}, too: of one class, every score is 1"
-    else:
-        return whole
-    raise Problem(f"labels must be {n_examples} whole numbers of several classes, not {found}: try {advice}")
+    need = f"labels must be {n_examples} whole numbers, not {labels.dtype} {labels.shape}"
+    raise Problem(f"{need}: try {advice}")
 
 
 def subset_sizes(ratios, n_examples, batch_size):
@@ -364,8 +358,10 @@ def load_counts(folder, pattern, job, n_runs, n_examples):
     runs, or if two of them have the same run."""
     holder = np.full((len(job["ratios"]), n_runs), "", object)  # the name of the checkpoint that has a run
     n_heldout, n_correct = np.zeros((2, len(job["ratios"]), n_examples), np.int32)
-    for name in fnmatch.filter(sorted(os.listdir(folder)), pattern):
-        advice = "use another --output-dir"
+    with explained(f"cannot read {folder}", "use another --output-dir"):  # glob would take it for empty
+        names = fnmatch.filter(sorted(os.listdir(folder)), pattern)
+    for name in names:
+        advice = "use another --output-dir, or take that file away"
         with explained(f"cannot go on from {folder / name}", advice), np.load(folder / name) as file:
             old = json.loads(str(file["job"]))
             differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
@@ -417,7 +413,10 @@ def write(path, temporary, save):
 
 
 # === Results ====================================================================================
-def draw_figure(images, labels, scores, columns=10, rows=50, pixels=100):
+ROWS = 50  # of the figure, at most
+
+
+def draw_figure(images, labels, scores, columns=10, rows=ROWS, pixels=100):
     """A row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
     images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown.
     Of more classes than rows, the first are shown; of images with more pixels a side, every second, etc."""
@@ -457,6 +456,8 @@ def write_results(args, images, labels, original, n_heldout, n_correct):
     say("subset ratio     ", *(f"{ratio:<6g}" for ratio in args.ratios))
     say("held-out accuracy", *(f"{p:.4f}" for p in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
     say(f"mean C-score {np.nanmean(scores):.4f}; never held out: {np.isnan(scores).sum()} examples")
+    if (n_classes := len(np.unique(labels))) > ROWS:
+        say(f"the figure shows the first {ROWS} of {n_classes} classes")
     say(f"written to {args.output_dir}: {', '.join(saves)}")
 
 

@@ -1,12 +1,11 @@
 """What the tests share: the script as a process, alone and several at a time, and runs on the digits."""
 
+import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,9 @@ DIGITS = ["--dataset", "digits"]
 SMALL = [*DIGITS, "--ratios", "0.3", "0.8", "--epochs", "2", "--parallel-runs", "2"]
 TINY = [*SMALL, "--runs", 2]
 JOB = [*SMALL, "--runs", 12]
+RESULTS = ("cscores.npy", "cscores-orig-order.npz")
 TFDS = os.environ.get("TFDS_DATA_DIR", "")
-HAS_MNIST = find_spec("tensorflow_datasets") is not None and os.path.isdir(os.path.join(TFDS, "mnist"))
+HAS_MNIST = importlib.util.find_spec("tensorflow_datasets") is not None and os.path.isdir(os.path.join(TFDS, "mnist"))
 needs_mnist = pytest.mark.skipif(not HAS_MNIST, reason="TFDS_DATA_DIR does not hold the real MNIST")
 
 
@@ -57,34 +57,16 @@ def messages(err):
     return [line for line in err.splitlines() if line and "%|" not in line and not line.startswith("JAX ")]
 
 
-def start_processes(n, *args, folders, by_hand=True, devices=(2, 2, 2)):
-    """Start the n processes of a job, by hand or in the environment that Slurm gives them."""
-    address = [f"127.0.0.1:{free_port()}", n]
-    job = free_port(range(61440, 65536)) - 61440  # JAX makes the port from the number of the job
-    slurm = dict(SLURM_JOB_ID=str(job), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS=str(n))
-    processes = []
-    for i, folder in enumerate(folders):
-        how = [*address, i] if by_hand else []
-        env = {} if by_hand else slurm | dict(SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
-        args_of_i = [*args, "--output-dir", folder, "--distributed", *how]
-        processes.append(start_script(*args_of_i, env=env, devices=devices[i]))
-    return processes
+def start_parts(n, *args, folder, devices=(1, 2, 3)):
+    """Start a job's n parts at once, in one folder."""
+    args = [*args, "--output-dir", folder, "--part"]
+    return [start_script(*args, i, n, devices=devices[i]) for i in range(n)]
 
 
 def wait_for_all(processes, timeout=120):
     """Wait for the end of the processes: (exit status, stdout, stderr) of each."""
     outputs = [process.communicate(timeout=timeout) for process in processes]
     return [(process.returncode, *output) for process, output in zip(processes, outputs)]
-
-
-def free_port(ports=(0,)):
-    for port in ports:
-        with socket.socket(socket.AF_INET6) as probe:
-            try:
-                probe.bind(("::", port))
-            except OSError:
-                continue
-            return probe.getsockname()[1]
 
 
 # --- The job in this process, which takes a third of the time ---
@@ -99,14 +81,44 @@ def error_here(*args):
     return str(caught.value)
 
 
+def changed_script(folder, *changes):
+    """A copy of the script with changes, pairs of (old, new)."""
+    text = SCRIPT.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / "mnist.py"
+    path.write_text(text)
+    return path
+
+
+def load_script(path):
+    """A changed copy of the script as a module of this process."""
+    spec = importlib.util.spec_from_file_location("changed", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 # --- What a job leaves ---
-def same_results(one, other, names=("cscores.npy", "cscores-orig-order.npz", "cscores-checkpoint.npz")):
+def same_results(one, other, names=(*RESULTS, "cscores-checkpoint.npz")):
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
 def files(folder):
-    """What a job has left in its folder, apart from the lock."""
-    return sorted(file.name for file in folder.iterdir() if file.name != "cscores.lock")
+    """What a job has left in its folder, apart from the locks."""
+    return sorted(file.name for file in folder.iterdir() if file.suffix != ".lock")
+
+
+def contents(folder):
+    """The bytes of all that a job has left in its folder."""
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+def runs_in(checkpoint):
+    """The runs that a checkpoint holds, [[ratio's index, run], ...]."""
+    with np.load(checkpoint) as file:
+        return file["runs"].tolist()
 
 
 def n_done(checkpoint, ratios=(0.3, 0.8)):
@@ -114,14 +126,24 @@ def n_done(checkpoint, ratios=(0.3, 0.8)):
     if not checkpoint.exists():
         return 0
     with np.load(checkpoint) as file:
-        return sum(n.sum() // (1797 - round(1797 * ratio)) for n, ratio in zip(file["n_heldout"], ratios))
+        counted = [n.sum() / (1797 - round(1797 * ratio)) for n, ratio in zip(file["n_heldout"], ratios)]
+        assert counted == np.bincount(file["runs"][:, 0], minlength=len(ratios)).tolist()
+        return sum(counted)
 
 
 def wait_for_a_group(process, checkpoint):
     """Wait until the process has written the counts of its first group of runs."""
-    while n_done(checkpoint) < 2:
+    while n_done(checkpoint) < 1:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
+
+
+def is_locked(lock):
+    """Whether a process other than this one finds that somebody holds a lock."""
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    done = subprocess.run([sys.executable, "-c", code, lock], capture_output=True, text=True)
+    assert done.returncode == 0 or "BlockingIOError" in done.stderr, done.stderr
+    return done.returncode != 0
 
 
 def count_heldout(n_examples, ratio, n_runs):
