@@ -53,19 +53,19 @@ def draw_batches(run, n_examples, n_subset, training):
     draws = np.random.RandomState(run)
     subset = draws.choice(n_examples, n_subset, replace=False)  # the start of a permutation, hence nested
     # Room for N examples in both, whatever the ratio: one shape, hence one compilation, for all ratios.
-    n_batches = math.ceil(n_examples / training.batch_size)
-    train_batches = np.full((training.epochs, n_batches * training.batch_size), n_examples, np.int32)
-    heldout_batches = np.full(n_batches * training.batch_size, n_examples, np.int32)
+    shape = math.ceil(n_examples / training.batch_size), training.batch_size
+    train_batches = np.full((training.epochs, *shape), n_examples, np.int32)
+    heldout_batches = np.full(shape, n_examples, np.int32)
     for epoch in train_batches:
-        epoch[:n_subset] = subset[draws.permutation(n_subset)]
-    heldout_batches[: n_examples - n_subset] = np.delete(np.arange(n_examples), subset)
-    return train_batches.reshape(training.epochs, n_batches, -1), heldout_batches.reshape(n_batches, -1)
+        epoch.flat[:n_subset] = subset[draws.permutation(n_subset)]
+    heldout_batches.flat[: n_examples - n_subset] = np.delete(np.arange(n_examples), subset)
+    return train_batches, heldout_batches
 
 
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     image_shape: (height, width, channels); hidden: the widths of the layers between image and logits.
-    A network of your own is another `init` and `predict`; params may be any pytree of float arrays."""
+    For a network of your own, replace `init` and `predict`; params may be any pytree of float arrays."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -125,8 +125,8 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
         correct = finite & (logits.argmax(axis=-1) == labels[batch])
         return correctness.at[batch].set(correct.astype(jnp.int8), mode="drop")  # drops the filler, index N
 
-    # For `inner`, which reads it. None, for float32, leaves what JAX or its user has chosen.
-    with jax.default_matmul_precision("bfloat16") if training.precision == "bfloat16" else nullcontext():
+    in_bfloat16 = training.precision == "bfloat16"  # else: whatever JAX or its user has chosen
+    with jax.default_matmul_precision("bfloat16") if in_bfloat16 else nullcontext():  # `inner` reads it
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(~run)  # for the steps; `init` has run itself
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
@@ -149,8 +149,8 @@ def inner(x, weights):
     to_float32 = dict(preferred_element_type=jnp.float32)
 
     def forward(x, weights):
-        x, weights = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
-        return jnp.inner(x, weights, **to_float32), (x, weights)
+        rounded = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
+        return jnp.inner(*rounded, **to_float32), rounded
 
     def backward(rounded, gradient):
         x, weights = rounded
@@ -159,15 +159,14 @@ def inner(x, weights):
         transposed = gradient.ravel()[jnp.arange(gradient.size).reshape(gradient.shape).T]
         return jnp.matmul(gradient, weights, **to_float32), jnp.matmul(transposed, x, **to_float32)
 
-    in_bfloat16 = jax.custom_vjp(lambda *operands: forward(*operands)[0])
+    in_bfloat16 = jax.custom_vjp(lambda x, weights: forward(x, weights)[0])
     in_bfloat16.defvjp(forward, backward)
     return in_bfloat16(x, weights)
 
 
 # === Many runs, on all devices ==================================================================
 def split_group(devices, n_runs, parallel_runs=None):
-    """A mesh "runs" of the devices that train a group, no more than n_runs, and the group's size in runs:
-    parallel_runs, or what suits the devices, rounded up to fill them."""
+    """A mesh "runs" of the devices for groups of up to n_runs, and a group's size, which fills them."""
     # On a CPU, two runs per core are no faster; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     at_once = max(1, min(parallel_runs or suitable, n_runs))
@@ -233,31 +232,26 @@ def explained(what, advice):
 
 def load(dataset, data_dir=None):
     """Load the training examples of an .npz file, of scikit-learn's `digits` or of a tfds data set.
-    Returns images uint8 [N, height, width, channels]; labels, integers [N]; and original int64 [N], the
-    index of each example in the data set's original files, or None where that cannot be known.
-    Raises Problem if it cannot be had or is not a set of images of one size, each with a label."""
+    Returns images uint8 [N, height, width, channels]; labels, integers [N]; and original int64 [N], the index
+    of each in the original files, or None if unknown. Raises Problem if it cannot be had or does not suit."""
     with explained(f"cannot load --dataset {dataset}", f"it takes {DATASETS}"):
         if dataset.lower().endswith(".npz"):
-            images, labels = load_npz(dataset)
+            pairs = ("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels")
+            with np.load(dataset) as file:  # which refuses pickles
+                found = [pair for pair in pairs if set(pair) <= set(file)]
+                if not found:
+                    raise ValueError(f"it has {', '.join(file) or 'nothing'}, not images and labels")
+                images, labels = (file[name] for name in found[0])
             original = np.arange(len(images))
         elif dataset == "digits":
             from sklearn.datasets import load_digits
 
-            images, labels = load_digits(return_X_y=True)  # pixels are 0 ... 16
-            images, labels = np.round(images.reshape(-1, 8, 8) * (255 / 16)), labels.astype(np.int32)
+            digits = load_digits()  # pixels are 0 ... 16
+            images, labels = np.round(digits.images * (255 / 16)), digits.target.astype(np.int32)
             original = np.arange(len(images))
         else:
             images, labels, original = load_tfds(dataset, data_dir)
     return check_images(images), check_labels(labels, len(images)), original
-
-
-def load_npz(path):
-    """The arrays of a file by the names that Keras or MedMNIST gives them, or named images and labels."""
-    with np.load(path) as file:  # which refuses pickles
-        for x, y in ("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels"):
-            if x in file and y in file:
-                return file[x], file[y]
-        raise ValueError(f"it has {', '.join(file) or 'nothing'}, not images and labels")
 
 
 def load_tfds(dataset, data_dir):
@@ -284,7 +278,7 @@ def load_tfds(dataset, data_dir):
     # tfds sorts a split by the hash of each example's key, which for these sets is its original index.
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
     hashes = [Hasher("train").hash_key(index) for index in range(len(labels))]
-    original = np.argsort(hashes) if builder.name in by_index else None
+    original = np.argsort(hashes) if dataset.split(":")[0].split("/")[0] in by_index else None
     return images, labels.astype(np.int32, casting="same_kind"), original  # same_kind refuses float labels
 
 
@@ -292,37 +286,40 @@ def load_tfds(dataset, data_dir):
 def check_images(images):
     """The images as uint8 [N, height, width, channels]. Raises Problem if that would change a picture.
     They lie at a multiple of 64 bytes: all CPU devices share such an array; of others JAX makes copies."""
-    shape, dtype = images.shape, images.dtype
-    if images.ndim not in (3, 4) or images.size == 0 or dtype.kind not in "biuf":
-        raise Problem(f"images must be numbers, not {dtype} {shape}: try images.reshape(N, height, width)")
-    if images.ndim == 4 and shape[1] <= 4 < shape[3]:
-        raise Problem(f"images must have channels last, not {shape}: try images.transpose(0, 2, 3, 1)")
+    found = f"{images.dtype} {images.shape}"
+    if images.dtype.kind not in "biuf" or images.size == 0:
+        raise Problem(f"images must be numbers, not {found}")
+    if images.ndim not in (3, 4):
+        raise Problem(f"images must be single pictures, not {found}: try images.reshape(N, height, width)")
+    if images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]:
+        raise Problem(f"images must have their channels last, not {found}: try images.transpose(0, 2, 3, 1)")
     room = np.empty(images.size + 64, np.uint8)
-    exact = room[-room.ctypes.data % 64 :][: images.size].reshape(shape)
+    exact = room[-room.ctypes.data % 64 :][: images.size].reshape(images.shape)
     exact[...] = images
     low, high = float(images.min()), float(images.max())
-    if dtype != np.uint8 and (high <= 1 or (exact != images).any()):
-        ends = [low, high] if low < 0 else [0, 1 if high <= 1 else max(high, 255)]
-        advice = f"np.uint8(np.round(np.interp(images, {ends}, [0, 255])))"
+    if images.dtype != np.uint8 and (high <= 1 or (exact != images).any()):
+        advice = f"np.uint8(np.round(np.interp(images, [{min(low, 0)}, {max(high, 1)}], [0, 255])))"
         advice = advice if np.isfinite(low + high) else "without images that are not all numbers"
-        raise Problem(f"images must be whole, 0 to 255, not {dtype} {low:g} to {high:g}: try {advice}")
-    return exact.reshape(*shape[:3], -1)  # gray images get their one channel
+        raise Problem(f"images must be whole, 0 to 255, not {found} from {low:g} to {high:g}: try {advice}")
+    return exact.reshape(*images.shape[:3], -1)  # gray images get their one channel
 
 
 @np.errstate(invalid="ignore")
 def check_labels(labels, n_examples):
     """The labels as integers [N]. Raises Problem if they are not whole numbers of several classes."""
-    flat = labels.ravel() if labels.shape in ((n_examples, 1), (1, n_examples)) else labels  # as MATLAB's are
-    whole = flat.astype(np.int64) if flat.dtype.kind in "bf" else flat
-    if whole.shape == (n_examples,) and whole.dtype.kind in "iu" and (whole == flat).all():
-        if (whole != whole[0]).any():
-            return whole
-        raise Problem(f"labels must be of several classes, not all {whole[0]}: every score would be 1")
-    advice = "np.unique(labels, return_inverse=True)[1], without examples that have no label"
-    if flat.shape != (n_examples,):
-        advice = "labels.argmax(axis=1) if each row has a single 1"
     need = f"labels must be {n_examples} whole numbers, not {labels.dtype} {labels.shape}"
-    raise Problem(f"{need}: try {advice}")
+    if labels.shape in ((n_examples, 1), (1, n_examples)):  # as MATLAB has them
+        labels = labels.ravel()
+    if labels.shape != (n_examples,):
+        one_hot = labels.shape[:1] == (n_examples,)
+        raise Problem(need + ": try labels.argmax(axis=1) if each row has a single 1" * one_hot)
+    whole = labels.astype(np.int64) if labels.dtype.kind in "bf" else labels
+    if whole.dtype.kind not in "iu" or (whole != labels).any():
+        advice = "np.unique(labels, return_inverse=True)[1], without examples that have no label"
+        raise Problem(f"{need}: try {advice}")
+    if (whole == whole[0]).all():
+        raise Problem(f"labels must be of several classes, not all {whole[0]}: every score would be 1")
+    return whole
 
 
 def subset_sizes(ratios, n_examples, batch_size):
@@ -343,36 +340,36 @@ def describe_job(args, images, labels, sizes):
     is of the program that JAX makes of a run and of the batches that `draw_batches` draws for one."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
-    number, with_filler = (jax.ShapeDtypeStruct(shape, np.int32) for shape in ((), (len(labels) + 1,)))
+    number, with_filler = np.int32(0), np.zeros(len(labels) + 1, np.int32)  # for their types only
     traced = one_run.trace(number, *batches, number, images, with_filler)
     program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()
-    content, algorithm = hashlib.sha256(images), hashlib.sha256(b"".join([program, *batches]))
+    algorithm = hashlib.sha256(b"".join([program, *batches]))
+    content = hashlib.sha256(images)
     content.update(str(images.shape).encode() + labels.astype("<i8").tobytes())
     hashes = dict(content=content.hexdigest()[:16], algorithm=algorithm.hexdigest()[:16])
     return dict(dataset=args.dataset_name, ratios=args.ratios, **args.training._asdict(), **hashes)
 
 
-def load_counts(folder, pattern, job, n_runs, n_examples):
-    """What the checkpoints named like pattern hold together: which runs, bool [K, n_runs], and their
-    n_heldout and n_correct, int32 [K, N]. Raises Problem if one cannot be read, is of another job or has more
-    runs, or if two of them have the same run."""
-    holder = np.full((len(job["ratios"]), n_runs), "", object)  # the name of the checkpoint that has a run
-    n_heldout, n_correct = np.zeros((2, len(job["ratios"]), n_examples), np.int32)
-    with explained(f"cannot read {folder}", "use another --output-dir"):  # glob would take it for empty
-        names = fnmatch.filter(sorted(os.listdir(folder)), pattern)
-    for name in names:
+def load_counts(args, job, n_examples, pattern="cscores-checkpoint*.npz"):
+    """What the checkpoints hold together: which runs, bool [K, n_runs]; n_heldout, n_correct, int32 [K, N].
+    Raises Problem if one cannot be read, is of another job, has more runs, or the same runs as another."""
+    holder = np.full((len(args.ratios), args.runs), "", object)  # the name of the checkpoint that has a run
+    n_heldout, n_correct = np.zeros((2, len(args.ratios), n_examples), np.int32)
+    with explained(f"cannot read {args.output_dir}", "use another --output-dir"):
+        names = fnmatch.filter(sorted(os.listdir(args.output_dir)), pattern)  # glob would hide errors
+    for path in map(args.output_dir.joinpath, names):
         advice = "use another --output-dir, or take that file away"
-        with explained(f"cannot go on from {folder / name}", advice), np.load(folder / name) as file:
+        with explained(f"cannot go on from {path}", advice), np.load(path) as file:
             old = json.loads(str(file["job"]))
             differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
             if differ:
                 raise ValueError(f"made with {'; '.join(differ)}")
             ratio, run = file["runs"].T
-            if run.max(initial=0) >= n_runs:
+            if run.max(initial=0) >= args.runs:
                 raise ValueError(f"it has {run.max() + 1} runs, more than --runs")
             if holder[ratio, run].any():
                 raise ValueError(f"{max(holder[ratio, run])} has the same runs")
-            holder[ratio, run] = name
+            holder[ratio, run] = path.name
             n_heldout += file["n_heldout"]
             n_correct += file["n_correct"]
     return holder != "", n_heldout, n_correct
@@ -396,7 +393,7 @@ def lock(path):
 
 def write(path, temporary, save):
     """Write `path` by save(file). Who reads it, even after a power cut, sees the old file or the new, never
-    half. temporary: a path in the same folder that no other process writes to."""
+    half. temporary: a path in the same folder that no other process writes to. Raises Problem."""
     with explained(f"cannot write {path}", "use another --output-dir"):
         try:
             with open(temporary, "wb") as file:
@@ -441,14 +438,13 @@ def write_results(args, images, labels, original, n_heldout, n_correct):
 
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
+    order = "tfds" if original is None else "orig"
     if original is not None:
         results = {name: array[..., np.argsort(original)] for name, array in results.items()}
-    results["subset_ratios"] = np.array(args.ratios)
     figure = draw_figure(images, labels, scores)
-    order = "tfds" if original is None else "orig"
     saves = {
         "cscores.npy": partial(np.save, arr=scores),
-        f"cscores-{order}-order.npz": partial(np.savez_compressed, **results),
+        f"cscores-{order}-order.npz": partial(np.savez_compressed, **results, subset_ratios=args.ratios),
         f"{args.dataset_name}-examples.pdf": partial(imsave, arr=figure, format="pdf", dpi=50),
     }
     for name, save in saves.items():
@@ -456,18 +452,19 @@ def write_results(args, images, labels, original, n_heldout, n_correct):
     say("subset ratio     ", *(f"{ratio:<6g}" for ratio in args.ratios))
     say("held-out accuracy", *(f"{p:.4f}" for p in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
     say(f"mean C-score {np.nanmean(scores):.4f}; never held out: {np.isnan(scores).sum()} examples")
-    if (n_classes := len(np.unique(labels))) > ROWS:
+    n_classes = len(np.unique(labels))
+    if n_classes > ROWS:
         say(f"the figure shows the first {ROWS} of {n_classes} classes")
     say(f"written to {args.output_dir}: {', '.join(saves)}")
 
 
+@explained("cannot print", "results are in their files")
 def say(*words):
     """Print to stdout. If nobody reads on, as after `| head -1`, that is no fault."""
-    with explained("cannot print", "results are in their files"):
-        try:
-            print(*words, flush=True)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again as it ends
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again as it ends
 
 
 # === The job and its command line ===============================================================
@@ -524,10 +521,10 @@ def start_jax():
 
 
 def count_groups(trained, counts, args, job, n_missing):
-    """Add trained groups to counts, that is done, n_heldout and n_correct, and write these to the checkpoint.
-    Shows how far this part is, and says once if a model was wrong on all that it held out."""
+    """Add trained groups to counts, that is done, n_heldout and n_correct; write these to the checkpoint."""
     done, n_heldout, n_correct = counts
-    total, warned = len(args.ratios) * len(args.runs_of_part), False
+    total = len(args.ratios) * len(args.runs_of_part)
+    warned = False
     layout = "{percentage:3.0f}%|{bar:4}| {n_fmt} of {total_fmt} runs, {remaining} left{postfix}"
     with tqdm(total=total, initial=total - n_missing, bar_format=layout, smoothing=0) as bar:
         for k, runs, correctness in trained:
@@ -536,12 +533,12 @@ def count_groups(trained, counts, args, job, n_missing):
             n_correct[k] += (correctness == 1).sum(axis=0)
             arrays = dict(runs=np.argwhere(done), n_heldout=n_heldout, n_correct=n_correct)
             write(args.checkpoint, args.temporary, partial(np.savez, job=json.dumps(job), **arrays))
-            accuracy = f"held-out accuracy {correctness[correctness >= 0].mean():.4f}"
-            bar.set_postfix_str(f"ratio {args.ratios[k]:g}, {accuracy}", refresh=False)
+            ratio, accuracy = args.ratios[k], correctness[correctness >= 0].mean()
+            bar.set_postfix_str(f"ratio {ratio:g}, held-out accuracy {accuracy:.4f}", refresh=False)
             bar.update(len(runs))
             if not warned and (correctness < 1).all(axis=1).any():
                 warned = True
-                what = f"warning: at ratio {args.ratios[k]:g} a model was wrong on all that it held out"
+                what = f"warning: at ratio {ratio:g} a model was wrong on all that it held out"
                 bar.write(f"{what}: if it diverged, try a smaller --learning-rate", file=sys.stderr)
 
 
@@ -558,21 +555,18 @@ def main(argv=None):
         images, labels, original = load(args.dataset, args.data_dir)
         sizes = subset_sizes(args.ratios, len(images), args.training.batch_size)
         job = describe_job(args, images, labels, sizes)
-        load_all = partial(load_counts, args.output_dir, job=job, n_runs=args.runs, n_examples=len(images))
-        known, *_ = load_all("cscores-checkpoint*.npz")
+        known, _, _ = load_counts(args, job, len(images))
         missing = [[run for run in args.runs_of_part if not of_ratio[run]] for of_ratio in known]
-
         mesh, group_size = split_group(devices, max(map(len, missing)), args.parallel_runs)
         drawn = ahead(draw_groups(missing, sizes, len(images), args.training, group_size, mesh))
         trained = ahead(train_groups(drawn, sizes, images, labels, args.training, mesh))
-        count_groups(trained, load_all(args.checkpoint.name), args, job, sum(map(len, missing)))
-
-        done, n_heldout, n_correct = load_all("cscores-checkpoint*.npz")
+        own = load_counts(args, job, len(images), args.checkpoint.name)
+        count_groups(trained, own, args, job, sum(map(len, missing)))
+        done, n_heldout, n_correct = load_counts(args, job, len(images))
         if done.all():
             write_results(args, images, labels, original, n_heldout, n_correct)
         else:
-            how = "the part that ends last writes the results; without --part, a job does all that is missing"
-            say(f"{(~done).sum()} of {done.size} runs are missing: {how}")
+            say(f"{(~done).sum()} of {done.size} runs are missing: other parts, or a job without --part, do them")
 
 
 if __name__ == "__main__":

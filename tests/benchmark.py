@@ -2,10 +2,11 @@
 
     python tests/benchmark.py --ratio 0.3                      # MNIST
     python tests/benchmark.py --ratio 0.3 --dataset mnist.npz  # MNIST, without tensorflow-datasets
+    python tests/benchmark.py --ratio 0.3 --precision bfloat16 # in both precisions
     python tests/benchmark.py --dataset digits                 # a quick try
 
-Both train the same runs on the same data, in turns; the times are medians. `sequential` dispatches one
-jitted step for each batch, gathered on the host, and is compiled before the clock starts.
+All train the same runs on the same data, in turns; the times are medians. `sequential` dispatches one
+jitted step for each batch, gathered on the host, in float32, and is compiled before the clock starts.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -62,14 +64,15 @@ def median_seconds(function, *args, repeats=5):
     return statistics.median(seconds(function, *args) for _ in range(repeats))
 
 
-def matmul_peak(devices, n=2048):
-    """FLOP/s of float32 products at the default precision, all devices together."""
-    mesh = jax.make_mesh((len(devices),), ("devices",), (jax.sharding.AxisType.Auto,), devices=devices)
-    split = jax.sharding.PartitionSpec("devices")
-    product = jax.jit(jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(split, split), out_specs=split))
-    factor = jax.device_put(
-        np.ones((len(devices), n, n), np.float32), jax.sharding.NamedSharding(mesh, split)
-    )
+def product_peak(devices, precision):
+    """FLOP/s of products alone, of factors of that type, all devices together."""
+    n = 2048 if devices[0].platform == "cpu" else 8192
+    mesh = jax.sharding.Mesh(devices, ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P("devices"))
+    matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    specs = dict(in_specs=(split.spec, split.spec), out_specs=split.spec)
+    product = jax.jit(jax.shard_map(matmul, mesh=mesh, **specs))
+    factor = jax.device_put(np.ones((len(devices), n, n), jnp.dtype(precision)), split)
     return 2 * n**3 * len(devices) / median_seconds(product, factor, factor)
 
 
@@ -85,75 +88,88 @@ def main():
     parser.add_argument("--ratio", type=float, default=0.3, help="subset ratio (default %(default)s)")
     parser.add_argument("--runs", type=int, help="trained together (default: as mnist.py has it)")
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement (default %(default)s)")
+    precision = dict(choices=["float32", "bfloat16"], default="float32", help="bfloat16: time both")
+    parser.add_argument("--precision", **precision)
     parser.add_argument("--full", action="store_true", help="also train 200 runs at each of 9 ratios")
     args = parser.parse_args()
 
-    mnist.start_jax()
-    mesh, group_size = mnist.make_mesh(SETTINGS.runs, args.runs)
+    mesh, group_size = mnist.split_group(mnist.start_jax(), SETTINGS.runs, args.runs)
     devices = mesh.devices
     on_cpu = devices[0].platform == "cpu"
     images, labels, _ = mnist.load(args.dataset)
+    classes, labels = np.unique(labels, return_inverse=True)  # as `train_groups` numbers them
     n, n_subset = len(labels), round(len(labels) * args.ratio)
+    precisions = [*dict.fromkeys(["float32", args.precision])]
 
-    def train_groups(sizes, n_runs):
-        drawn = mnist.draw_groups(sizes, [0] * len(sizes), n_runs, group_size, n, TRAINING, mesh)
-        return mnist.train_groups(drawn, sizes, images, labels, TRAINING, mesh)
+    def train_groups(sizes, n_runs, precision):
+        training, missing = TRAINING._replace(precision=precision), [[*range(n_runs)]] * len(sizes)
+        drawn = mnist.draw_groups(missing, sizes, n, training, group_size, mesh)
+        return mnist.train_groups(drawn, sizes, images, labels, training, mesh)
 
-    # Each step of the generator draws and trains one group; the first one is small, and compiled.
-    groups = train_groups([n // 100] * 2 + [n_subset] * (args.repeats + 1), group_size)
-    first = seconds(next, groups)
-    compilation = first - seconds(next, groups)
+    # Each step of a generator draws and trains one group; the first ones are small, and one is compiled.
+    groups, compilation, memory = {}, {}, {}
+    for precision in precisions:
+        sizes = [n // 100] * 2 + [n_subset] * (args.repeats + 1)
+        groups[precision] = train_groups(sizes, group_size, precision)
+        first = seconds(next, groups[precision])
+        compilation[precision] = first - seconds(next, groups[precision])
+        memory[precision] = 0 if on_cpu else devices[0].memory_stats()["peak_bytes_in_use"]
     sequential(images, labels, 0, n_subset)
-    alone, together, peak = [], [], []
+    times, peaks = {name: [] for name in ["sequential", *precisions]}, {name: [] for name in precisions}
     for repeat in range(args.repeats):
-        alone.append(seconds(sequential, images, labels, repeat, n_subset))
-        together.append(seconds(next, groups) / group_size)
-        peak.append(matmul_peak(devices))
-    alone, together, peak = map(statistics.median, (alone, together, peak))
-    _, correctness = next(groups)
-    same = np.mean(correctness[0][correctness[0] >= 0] == sequential(images, labels, 0, n_subset))
+        times["sequential"].append(seconds(sequential, images, labels, repeat, n_subset))
+        for precision in precisions:
+            times[precision].append(seconds(next, groups[precision]) / group_size)
+            peaks[precision].append(product_peak(devices, precision))
+    times, peaks = ({name: statistics.median(x) for name, x in each.items()} for each in (times, peaks))
+    peaks["sequential"] = peaks["float32"]
+    expected = sequential(images, labels, 0, n_subset)
+    same = {}
+    for precision in precisions:
+        _, _, correctness = next(groups[precision])
+        same[precision] = np.mean((correctness[0] == 1)[correctness[0] >= 0] == expected)
 
     ratios = SETTINGS.ratios
-    params = mnist.init(0, images.shape[1:], int(labels.max()) + 1)
+    params = mnist.init(0, images.shape[1:], len(classes))
     first_layer, *others = (weights.size for weights, _ in params)
     training, testing = 4 * first_layer + 6 * sum(others), 2 * (first_layer + sum(others))
     flop = TRAINING.epochs * n_subset * training + (n - n_subset) * testing
+    # The work of a run is proportional to its FLOP.
+    work = sum(TRAINING.epochs * round(n * r) * training + (n - round(n * r)) * testing for r in ratios)
 
-    def projected(per_run):  # the work of a run is proportional to its FLOP
-        work = sum(TRAINING.epochs * round(n * r) * training + (n - round(n * r)) * testing for r in ratios)
-        return f"{200 * per_run * work / flop / 60:.1f} min"
+    def row(name, cell, of=times):
+        print(f"{name:34}", *(f"{cell(key) if key in of else '':>14}" for key in times))
 
-    def table(*cells):
-        print(f"{cells[0]:34}", *(f"{cell:>14}" for cell in cells[1:]))
-
-    print(f"{args.dataset}, ratio {args.ratio:g}")
-    table("", "sequential", f"mnist.py x{group_size}")
-    table("seconds per run", f"{alone:.3f}", f"{together:.3f}")
-    table("ratio to sequential", "1.00", f"{alone / together:.2f}")
-    table("GFLOP/s", f"{flop / alone / 1e9:.0f}", f"{flop / together / 1e9:.0f}")
-    table(
-        f"share of {peak / 1e9:.0f} GFLOP/s of matmul",
-        f"{flop / alone / peak:.0%}",
-        f"{flop / together / peak:.0%}",
-    )
+    print(f"{args.dataset}, ratio {args.ratio:g}, mnist.py with {group_size} runs at once")
+    row("", lambda key: key)
+    row("seconds per run", lambda key: f"{times[key]:.3f}")
+    row("speed, sequential = 1", lambda key: f"{times['sequential'] / times[key]:.2f}")
+    if len(precisions) > 1:
+        row("speed, float32 = 1", lambda key: f"{times['float32'] / times[key]:.2f}", precisions)
+    row("GFLOP/s", lambda key: f"{flop / times[key] / 1e9:.0f}")
+    row("GFLOP/s of products alone", lambda key: f"{peaks[key] / 1e9:.0f}")
+    row("share of that", lambda key: f"{flop / times[key] / peaks[key]:.0%}")
     if not on_cpu:
         # Each step reads or writes the weights, gradients and momenta about seven times in all.
         moved = 7 * 4 * (first_layer + sum(others)) * TRAINING.epochs * -(-n_subset // TRAINING.batch_size)
         bandwidth = copy_bandwidth(devices[0]) * len(devices)
-        share = [f"{moved / per_run / bandwidth:.0%}" for per_run in (alone, together)]
-        table(f"share of {bandwidth / 1e9:.0f} GB/s of copying", *share)
-        table("peak device memory", "", f"{devices[0].memory_stats()['peak_bytes_in_use'] / 1e9:.2f} GB")
-    table("compilation", "", f"{compilation:.1f} s")
-    table("full job, projected", projected(alone), projected(together))
+        row("GB/s of copying alone", lambda key: f"{bandwidth / 1e9:.0f}")
+        row("share of that, at least", lambda key: f"{moved / times[key] / bandwidth:.0%}")
+        # The peak of the process so far: that of bfloat16 shows only if it is higher.
+        row("peak device memory", lambda key: f"{memory[key] / 1e9:.2f} GB", memory)
+    row("compilation", lambda key: f"{compilation[key]:.1f} s", compilation)
+    row("full job, projected", lambda key: f"{200 * times[key] * work / flop / 60:.1f} min")
+    row("predictions as sequential's, run 0", lambda key: f"{same[key]:.2%}", same)
     if args.full:
-        start = time.perf_counter()
-        sizes = mnist.subset_sizes(ratios, n, TRAINING.batch_size)
-        for _ in mnist.ahead(train_groups(sizes, 200)):
-            pass
-        table("full job, measured", "", f"{(time.perf_counter() - start) / 60:.1f} min")
-    table("predictions in common, run 0", "", f"{same:.2%}")
+        full, sizes = {}, mnist.subset_sizes(ratios, n, TRAINING.batch_size)
+        for precision in precisions:
+            start = time.perf_counter()
+            for _ in mnist.ahead(train_groups(sizes, 200, precision)):
+                pass
+            full[precision] = time.perf_counter() - start
+        row("full job, measured", lambda key: f"{full[key] / 60:.1f} min", full)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-    print(f"peak host memory {host:.2f} GB, both methods and the data together")
+    print(f"peak host memory {host:.2f} GB, all methods and the data together")
 
 
 if __name__ == "__main__":

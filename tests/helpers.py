@@ -1,11 +1,12 @@
 """What the tests share: the script as a process, alone and several at a time, and runs on the digits."""
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ TINY = [*SMALL, "--runs", 2]
 JOB = [*SMALL, "--runs", 12]
 RESULTS = ("cscores.npy", "cscores-orig-order.npz")
 TFDS = os.environ.get("TFDS_DATA_DIR", "")
-HAS_MNIST = importlib.util.find_spec("tensorflow_datasets") is not None and os.path.isdir(os.path.join(TFDS, "mnist"))
+HAS_MNIST = find_spec("tensorflow_datasets") is not None and os.path.isdir(os.path.join(TFDS, "mnist"))
 needs_mnist = pytest.mark.skipif(not HAS_MNIST, reason="TFDS_DATA_DIR does not hold the real MNIST")
 
 
@@ -63,6 +64,16 @@ def start_parts(n, *args, folder, devices=(1, 2, 3)):
     return [start_script(*args, i, n, devices=devices[i]) for i in range(n)]
 
 
+@contextmanager
+def paused(process):
+    """Stop a process for a while, so that it does not end before others have started or ended."""
+    process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
 def wait_for_all(processes, timeout=120):
     """Wait for the end of the processes: (exit status, stdout, stderr) of each."""
     outputs = [process.communicate(timeout=timeout) for process in processes]
@@ -94,8 +105,8 @@ def changed_script(folder, *changes):
 
 def load_script(path):
     """A changed copy of the script as a module of this process."""
-    spec = importlib.util.spec_from_file_location("changed", path)
-    module = importlib.util.module_from_spec(spec)
+    spec = spec_from_file_location("changed", path)
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -156,16 +167,18 @@ def count_heldout(n_examples, ratio, n_runs):
 
 
 # --- Runs on the digits, without a job ---
-def train_digits(runs, ratio, devices=1, labels=None, **settings):
-    """The `heldout_correctness` of a range of runs on the digits that train as one group, [runs, 1797]."""
+def train_digits(runs, ratio, devices=1, labels=None, parallel_runs=None, **settings):
+    """The `train_and_test` of a range of runs on the digits, [runs, 1797]; by default they are one group."""
     images, digits, _ = mnist.load("digits")
     labels = digits if labels is None else labels
-    training = mnist.Training(**settings)
-    mesh, _ = mnist.make_mesh(devices)
-    sizes = [round(len(images) * ratio)]
-    drawn = mnist.draw_groups(sizes, [runs.start], runs.stop, len(runs), len(images), training, mesh)
-    ((_, correctness),) = mnist.train_groups(drawn, sizes, images, labels, training, mesh)
-    return correctness
+    training, sizes = mnist.Training(**settings), [round(len(images) * ratio)]
+    of_group = parallel_runs or len(runs)
+    mesh, group_size = mnist.split_group(mnist.start_jax()[:devices], len(runs), of_group)
+    assert group_size == of_group and mesh.size == min(devices, of_group)
+    drawn = mnist.draw_groups([[*runs]], sizes, len(images), training, group_size, mesh)
+    trained = [*mnist.train_groups(drawn, sizes, images, labels, training, mesh)]
+    assert [run for _, group, _ in trained for run in group] == [*runs]
+    return np.concatenate([correctness for *_, correctness in trained])
 
 
 def count(correctness):
