@@ -6,7 +6,7 @@ a random subset of the N examples; the subset's share of them is the subset rati
 
     for k, ratio in enumerate(ratios):                          # 0.1 ... 0.9
         for run in range(n_runs):                               # 0 ... 199; in fact, a group of runs at once
-            train, heldout = draw_batches(run, N, ratio * N)    # the subset's and the other examples' indices
+            train, heldout = draw_batches(run, N, ratio * N)    # indices of the subset and of all others
             correctness = train_and_test(run, train, heldout)   # int8 [N]: 1 right, 0 wrong, -1 not held out
             n_heldout[k] += correctness >= 0
             n_correct[k] += correctness == 1
@@ -42,22 +42,22 @@ class Training(NamedTuple):  # settings of SGD with momentum; each is a command-
     batch_size: int = 128  # examples in a step
     learning_rate: float = 0.1
     momentum: float = 0.9
-    precision: str = "float32"  # to which `inner` rounds what it multiplies; or bfloat16
+    precision: str = "float32"  # or "bfloat16": to it, `inner` rounds what it multiplies
 
 
 def draw_batches(run, n_examples, n_subset, training):
     """Draw a run's subset, n_subset of the N examples, and cut it and the rest into batches of batch_size B.
     Returns indices, int32: train_batches [epochs, ceil(N / B), B], the subset in a new order for each epoch;
-    heldout_batches [ceil(N / B), B], all other examples. What is left of both arrays is the filler, N."""
+    heldout_batches [ceil(N / B), B], all other examples. Both are filled up with the index N, the filler."""
     # As in the authors' code, all ratios of a run share its seed: nested subsets, equal initial weights.
     draws = np.random.RandomState(run)
-    subset = draws.choice(n_examples, n_subset, replace=False)  # the start of a permutation, hence nested
+    subset = draws.permutation(n_examples)[:n_subset]
     # Room for N examples in both, whatever the ratio: one shape, hence one compilation, for all ratios.
     shape = math.ceil(n_examples / training.batch_size), training.batch_size
     train_batches = np.full((training.epochs, *shape), n_examples, np.int32)
     heldout_batches = np.full(shape, n_examples, np.int32)
-    for epoch in train_batches:
-        epoch.flat[:n_subset] = subset[draws.permutation(n_subset)]
+    for batches in train_batches:
+        batches.flat[:n_subset] = draws.permutation(subset)
     heldout_batches.flat[: n_examples - n_subset] = np.delete(np.arange(n_examples), subset)
     return train_batches, heldout_batches
 
@@ -79,7 +79,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 def predict(params, images, key=None):
     """Logits float32 [B, classes] of images uint8 [B, height, width, channels].
-    key: a new one for each step of training, for dropout or random shifts; None in tests."""
+    key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
     for weights, biases in hidden:
@@ -97,13 +97,14 @@ def loss(params, images, labels, key=None):
 
 def train(params, key, train_batches, n_train_batches, images, labels, training):
     """The params after SGD with momentum over the first n_train_batches of each epoch, which hold the subset.
-    images: uint8 [N, height, width, channels]; labels: int32 [N + 1], the last of them the filler's, -1."""
+    images: uint8 [N, height, width, channels]; labels: int32 [N]."""
 
     def step(i, state):
         params, velocity = state
         batch = train_batches[i // n_train_batches, i % n_train_batches]
-        # The filler's image is the last one, as JAX clamps images[N]; its label, -1, keeps it from counting.
-        grads = jax.grad(loss)(params, images[batch], labels[batch], jax.random.fold_in(key, i))
+        # JAX takes the last image for images[N]; the label -1 keeps that filler from counting.
+        labels_of_batch = labels.at[batch].get(mode="fill", fill_value=-1)
+        grads = jax.grad(loss)(params, images[batch], labels_of_batch, jax.random.fold_in(key, i))
         velocity = jax.tree.map(lambda v, g: training.momentum * v + g, velocity, grads)
         params = jax.tree.map(lambda p, v: p - training.learning_rate * v, params, velocity)
         return params, velocity
@@ -117,19 +118,18 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
     run and n_subset are traced: all runs and ratios share one compilation. images, labels: as in `train`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-
-    def test(i, correctness):
-        batch = heldout_batches[i]
-        logits = predict(params, images[batch])
-        finite = jnp.isfinite(logits).all(axis=-1)  # if not, the model has diverged: argmax would be 0
-        correct = finite & (logits.argmax(axis=-1) == labels[batch])
-        return correctness.at[batch].set(correct.astype(jnp.int8), mode="drop")  # drops the filler, index N
-
-    in_bfloat16 = training.precision == "bfloat16"  # else: whatever JAX or its user has chosen
-    with jax.default_matmul_precision("bfloat16") if in_bfloat16 else nullcontext():  # `inner` reads it
+    with precision_of_products(training.precision):
         params = init(run, images.shape[1:], n_classes)
-        key = jax.random.key(~run)  # for the steps; `init` has run itself
+        key = jax.random.key(~run)  # other seeds than those of `init`: -1, -2, ...
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
+
+        def test(i, correctness):
+            batch = heldout_batches[i]
+            logits = predict(params, images[batch])
+            finite = jnp.isfinite(logits).all(axis=-1)  # if not, the model has diverged: argmax would be 0
+            correct = finite & (logits.argmax(axis=-1) == labels[batch])
+            return correctness.at[batch].set(correct.astype(jnp.int8), mode="drop")  # drops the filler
+
         return jax.lax.fori_loop(0, n_heldout_batches, test, jnp.full(len(images), -1, jnp.int8))
 
 
@@ -140,6 +140,11 @@ def cscores(n_heldout, n_correct):
     with np.errstate(invalid="ignore"):
         profile = n_correct / n_heldout
         return np.nansum(profile, axis=0) / np.sum(n_heldout > 0, axis=0), profile
+
+
+def precision_of_products(precision):
+    """The context in which `inner` rounds to bfloat16; for float32, one that changes nothing of JAX's."""
+    return jax.default_matmul_precision("bfloat16") if precision == "bfloat16" else nullcontext()
 
 
 def inner(x, weights):
@@ -155,18 +160,19 @@ def inner(x, weights):
     def backward(rounded, gradient):
         x, weights = rounded
         gradient = gradient.astype(jnp.bfloat16)
-        # Gathers transpose it: a CPU's unit for bfloat16 does not take a transposed first operand.
+        # gradient.T, but gathered: of a transposed array, XLA's product on a CPU is one in float32.
         transposed = gradient.ravel()[jnp.arange(gradient.size).reshape(gradient.shape).T]
         return jnp.matmul(gradient, weights, **to_float32), jnp.matmul(transposed, x, **to_float32)
 
-    in_bfloat16 = jax.custom_vjp(lambda x, weights: forward(x, weights)[0])
-    in_bfloat16.defvjp(forward, backward)
-    return in_bfloat16(x, weights)
+    product = jax.custom_vjp(lambda x, weights: forward(x, weights)[0])
+    product.defvjp(forward, backward)
+    return product(x, weights)
 
 
 # === Many runs, on all devices ==================================================================
 def split_group(devices, n_runs, parallel_runs=None):
-    """A mesh "runs" of the devices for groups of up to n_runs, and a group's size, which fills them."""
+    """The devices that train a group, not more than the n_runs that it can have, as a mesh "runs"; and its
+    size in runs: parallel_runs, or what suits the devices, rounded up to a multiple of their number."""
     # On a CPU, two runs per core are no faster; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     at_once = max(1, min(parallel_runs or suitable, n_runs))
@@ -175,8 +181,8 @@ def split_group(devices, n_runs, parallel_runs=None):
 
 
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
-    """Draw the batches of the runs missing[k] at each ratio k, for subsets of sizes[k] examples, in groups.
-    Yields (k, runs, arrays); the arrays [group_size, ...], split over the mesh, are the runs and what
+    """Draw the batches of groups. missing[k]: the runs to do at ratio k; sizes[k]: the size of their subsets.
+    Yields (k, runs, arrays): arrays [group_size, ...], split over the mesh, of the runs and of what
     `draw_batches` returns for them. A short group is filled up with copies of its last run."""
     by_run = jax.NamedSharding(mesh, jax.P("runs"))
     with ThreadPoolExecutor() as drawers:
@@ -185,20 +191,21 @@ def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
                 if runs := missing[k][first : first + group_size]:
                     filled = runs + runs[-1:] * (group_size - len(runs))
                     draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
-                    batches = map(np.stack, zip(*drawers.map(draw, filled)))
-                    yield k, runs, jax.device_put((np.array(filled, np.int32), *batches), by_run)
+                    train_batches, heldout_batches = zip(*drawers.map(draw, filled))
+                    arrays = np.array(filled, np.int32), np.stack(train_batches), np.stack(heldout_batches)
+                    yield k, runs, jax.device_put(arrays, by_run)
 
 
 def train_groups(drawn, sizes, images, labels, training, mesh):
-    """Train and test groups, each device its own runs. Yields (k, runs, correctness int8 [R, N]).
+    """Train and test groups; each device does its own runs. Yields (k, runs, correctness int8 [runs, N]).
     images: uint8 [N, height, width, channels]; labels: integers [N]."""
     classes, labels = np.unique(labels, return_inverse=True)
-    labels = np.append(labels, -1).astype(np.int32)  # -1: the filler's
-    images, labels = jax.device_put((images, labels), jax.NamedSharding(mesh, jax.P()))
+    images, labels = jax.device_put((images, labels.astype(np.int32)), jax.NamedSharding(mesh, jax.P()))
     one_run = partial(train_and_test, n_classes=len(classes), training=training)
     runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))
-    specs = dict(in_specs=(jax.P("runs"),) * 3 + (jax.P(),) * 3, out_specs=jax.P("runs"), check_vma=False)
-    all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs))  # check_vma=True bars our loops
+    specs = dict(in_specs=(jax.P("runs"),) * 3 + (jax.P(),) * 3, out_specs=jax.P("runs"))
+    # Without check_vma=False, JAX refuses our loops, as they start from constants.
+    all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs, check_vma=False))
     for k, runs, arrays in drawn:
         correctness = np.asarray(all_runs(*arrays, sizes[k], images, labels))
         yield k, runs, correctness[: len(runs)]  # without the copies
@@ -294,7 +301,8 @@ def check_images(images):
     if images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]:
         raise Problem(f"images must have their channels last, not {found}: try images.transpose(0, 2, 3, 1)")
     room = np.empty(images.size + 64, np.uint8)
-    exact = room[-room.ctypes.data % 64 :][: images.size].reshape(images.shape)
+    start = -room.ctypes.data % 64
+    exact = room[start : start + images.size].reshape(images.shape)
     exact[...] = images
     low, high = float(images.min()), float(images.max())
     if images.dtype != np.uint8 and (high <= 1 or (exact != images).any()):
@@ -311,8 +319,8 @@ def check_labels(labels, n_examples):
     if labels.shape in ((n_examples, 1), (1, n_examples)):  # as MATLAB has them
         labels = labels.ravel()
     if labels.shape != (n_examples,):
-        one_hot = labels.shape[:1] == (n_examples,)
-        raise Problem(need + ": try labels.argmax(axis=1) if each row has a single 1" * one_hot)
+        rows = ": try labels.argmax(axis=1) if each row has a single 1"
+        raise Problem(need + (rows if labels.shape[:1] == (n_examples,) else ""))
     whole = labels.astype(np.int64) if labels.dtype.kind in "bf" else labels
     if whole.dtype.kind not in "iu" or (whole != labels).any():
         advice = "np.unique(labels, return_inverse=True)[1], without examples that have no label"
@@ -336,12 +344,12 @@ def subset_sizes(ratios, n_examples, batch_size):
 
 # === Checkpoints of a job and of its parts ======================================================
 def describe_job(args, images, labels, sizes):
-    """All that counts depend on, as a dict: the settings, and hashes of the data and of the algorithm, that
-    is of the program that JAX makes of a run and of the batches that `draw_batches` draws for one."""
+    """All that counts depend on, as a dict: the settings, and hashes of the data and of the algorithm. The
+    algorithm is the program that JAX makes of a run, and the batches that `draw_batches` draws for one."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
-    number, with_filler = np.int32(0), np.zeros(len(labels) + 1, np.int32)  # for their types only
-    traced = one_run.trace(number, *batches, number, images, with_filler)
+    number, of_examples = np.int32(0), np.zeros(len(labels), np.int32)  # for their types only
+    traced = one_run.trace(number, *batches, number, images, of_examples)
     program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()
     algorithm = hashlib.sha256(b"".join([program, *batches]))
     content = hashlib.sha256(images)
@@ -363,7 +371,7 @@ def load_counts(args, job, n_examples, pattern="cscores-checkpoint*.npz"):
             old = json.loads(str(file["job"]))
             differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
             if differ:
-                raise ValueError(f"made with {'; '.join(differ)}")
+                raise ValueError(f"made with {'; '.join(differ)}; another JAX, too, changes the algorithm")
             ratio, run = file["runs"].T
             if run.max(initial=0) >= args.runs:
                 raise ValueError(f"it has {run.max() + 1} runs, more than --runs")
@@ -504,7 +512,7 @@ def parse_args(argv=None):
 
 def start_jax():
     """Start JAX, with each CPU core as a device, and return the devices. Raises Problem if there are none.
-    Flags that are set to find errors, or for other programs, neither stop a job nor change its scores."""
+    Flags that a user may have set for other programs get JAX's defaults: they would change the scores."""
     if sys.version_info < (3, 11) or jax.__version_info__ < (0, 9):
         found = f"not Python {sys.version.split()[0]} and JAX {jax.__version__}"
         raise Problem(f"mnist.py needs Python 3.11 and JAX 0.9 or later, {found}: use newer ones")
@@ -521,7 +529,8 @@ def start_jax():
 
 
 def count_groups(trained, counts, args, job, n_missing):
-    """Add trained groups to counts, that is done, n_heldout and n_correct; write these to the checkpoint."""
+    """Have the groups trained, one after the other, and add each to counts, that is (done, n_heldout,
+    n_correct), and to the checkpoint. Shows how far this part is."""
     done, n_heldout, n_correct = counts
     total = len(args.ratios) * len(args.runs_of_part)
     warned = False
@@ -550,7 +559,7 @@ def main(argv=None):
         import matplotlib.image  # noqa: F401  (now, not after the last run)
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
-    tqdm.set_lock(threading.RLock())  # its own, for processes, is reported as leaked where a job fails
+    tqdm.set_lock(threading.RLock())  # Python may report tqdm's own lock as leaked when a job fails
     with lock(args.lock):
         images, labels, original = load(args.dataset, args.data_dir)
         sizes = subset_sizes(args.ratios, len(images), args.training.batch_size)
@@ -566,11 +575,12 @@ def main(argv=None):
         if done.all():
             write_results(args, images, labels, original, n_heldout, n_correct)
         else:
-            say(f"{(~done).sum()} of {done.size} runs are missing: other parts, or a job without --part, do them")
+            say(f"{(~done).sum()} of {done.size} runs are missing: for other parts or a job without --part")
 
 
 if __name__ == "__main__":
-    # Python would put Ctrl-C off until the devices are done; a container's process 1 has no default action.
+    # Python would put Ctrl-C off until the devices are done. For process 1, as in a container, the default
+    # action is none.
     stop = signal.SIG_DFL if os.getpid() > 1 else lambda number, frame: os._exit(128 + number)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

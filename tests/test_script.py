@@ -430,6 +430,9 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path
             with np.load(io.BytesIO(content)) as counts:
                 assert counts["n_correct"].shape == (2, 1797)
     assert contents(tmp_path).keys() == set(names)
+    events.clear()
+    mnist.write(tmp_path / "small", tmp_path / "small.tmp", lambda file: file.write(b"in a buffer"))
+    assert [content for _, _, content, _ in events] == [b"in a buffer"] * 2
 
 
 @pytest.mark.parametrize("error", ["EINVAL", "ENOTSUP"])
