@@ -49,7 +49,7 @@ def draw_batches(run, n_examples, n_subset, training):
     """Draw a run's subset, n_subset of the N examples, and cut it and the rest into batches of batch_size B.
     Returns indices, int32: train_batches [epochs, ceil(N / B), B], the subset in a new order for each epoch;
     heldout_batches [ceil(N / B), B], all other examples. Both are filled up with the index N, the filler."""
-    # As in the authors' code, all ratios of a run share its seed: nested subsets, equal initial weights.
+    # As in the authors' code, a run's number is its seed at any ratio: nested subsets, equal initial weights.
     draws = np.random.RandomState(run)
     subset = draws.permutation(n_examples)[:n_subset]
     # Room for N examples in both, whatever the ratio: one shape, hence one compilation, for all ratios.
@@ -148,7 +148,8 @@ def precision_of_products(precision):
 
 
 def inner(x, weights):
-    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]; in bfloat16, both are rounded first."""
+    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. In bfloat16, the factors of it and of
+    the products in its gradient are rounded first, which JAX's own gradient would not do."""
     if jax.config.jax_default_matmul_precision != "bfloat16":
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
@@ -212,7 +213,8 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
 
 
 def ahead(items):
-    """Yield the items of a generator; a thread makes the next one while the caller works with this one."""
+    """Yield the items of a generator; a thread makes the next one while the caller works with this one.
+    Nothing is made before the first is asked for."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, items, None)
         while (item := following.result()) is not None:
@@ -345,7 +347,7 @@ def subset_sizes(ratios, n_examples, batch_size):
 # === Checkpoints of a job and of its parts ======================================================
 def describe_job(args, images, labels, sizes):
     """All that counts depend on, as a dict: the settings, and hashes of the data and of the algorithm. The
-    algorithm is the program that JAX makes of a run, and the batches that `draw_batches` draws for one."""
+    algorithm is the program that JAX makes of a run, the same one for all devices, and one run's batches."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     number, of_examples = np.int32(0), np.zeros(len(labels), np.int32)  # for their types only
@@ -366,25 +368,25 @@ def load_counts(args, job, n_examples, pattern="cscores-checkpoint*.npz"):
     with explained(f"cannot read {args.output_dir}", "use another --output-dir"):
         names = fnmatch.filter(sorted(os.listdir(args.output_dir)), pattern)  # glob would hide errors
     for path in map(args.output_dir.joinpath, names):
-        advice = "use another --output-dir, or take that file away"
+        advice = f"use another --output-dir, or take {path.name} away"
         with explained(f"cannot go on from {path}", advice), np.load(path) as file:
             old = json.loads(str(file["job"]))
             differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
             if differ:
                 raise ValueError(f"made with {'; '.join(differ)}; another JAX, too, changes the algorithm")
-            ratio, run = file["runs"].T
-            if run.max(initial=0) >= args.runs:
-                raise ValueError(f"it has {run.max() + 1} runs, more than --runs")
-            if holder[ratio, run].any():
-                raise ValueError(f"{max(holder[ratio, run])} has the same runs")
-            holder[ratio, run] = path.name
+            k, runs = file["runs"].T
+            if runs.max(initial=0) >= args.runs:
+                raise ValueError(f"it is of at least {runs.max() + 1} runs: give --runs that many")
+            if holder[k, runs].any():
+                raise ValueError(f"{max(holder[k, runs])} has some of its runs, too")
+            holder[k, runs] = path.name
             n_heldout += file["n_heldout"]
             n_correct += file["n_correct"]
     return holder != "", n_heldout, n_correct
 
 
 def lock(path):
-    """A file whose lock keeps other jobs from doing this part. Raises Problem if one does or it cannot be."""
+    """A file whose lock keeps other processes from this part. Raises Problem if one is at it already."""
     with explained(f"cannot write to {path.parent}", "use another --output-dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")  # noqa: SIM115
@@ -400,9 +402,9 @@ def lock(path):
 
 
 def write(path, temporary, save):
-    """Write `path` by save(file). Who reads it, even after a power cut, sees the old file or the new, never
-    half. temporary: a path in the same folder that no other process writes to. Raises Problem."""
-    with explained(f"cannot write {path}", "use another --output-dir"):
+    """Write `path` by save(file). A reader sees the old file or the new, never half, even after a power cut.
+    temporary: a path in the same folder that no other process writes to. Raises Problem."""
+    with explained(f"cannot write {path}", "start again when that works, or use another --output-dir"):
         try:
             with open(temporary, "wb") as file:
                 save(file)
@@ -424,11 +426,11 @@ ROWS = 50  # of the figure, at most
 def draw_figure(images, labels, scores, columns=10, rows=ROWS, pixels=100):
     """A row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
     images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown.
-    Of more classes than rows, the first are shown; of images with more pixels a side, every second, etc."""
+    Of more classes than rows, the first are shown; images of more pixels a side are thinned out."""
     stride = math.ceil(max(images.shape[1:3]) / pixels)
     images = images[:, ::stride, ::stride]
     height, width, channels = images.shape[1:]
-    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # else the middle one, as gray
+    shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # else the middle channel, as gray
     classes = np.unique(labels)[:rows]
     cells = np.full((len(classes), 2 * columns + 1, height + 2, width + 2, 3), 255, np.uint8)
     for row, label in zip(cells, classes):
@@ -528,10 +530,10 @@ def start_jax():
         return jax.devices()
 
 
-def count_groups(trained, counts, args, job, n_missing):
-    """Have the groups trained, one after the other, and add each to counts, that is (done, n_heldout,
-    n_correct), and to the checkpoint. Shows how far this part is."""
-    done, n_heldout, n_correct = counts
+def count_groups(trained, args, job, n_examples, n_missing):
+    """Have groups trained, one after the other; add each to this part's counts, and these to its checkpoint.
+    Shows how far the part is: n_missing of its runs are to do."""
+    done, n_heldout, n_correct = load_counts(args, job, n_examples, args.checkpoint.name)
     total = len(args.ratios) * len(args.runs_of_part)
     warned = False
     layout = "{percentage:3.0f}%|{bar:4}| {n_fmt} of {total_fmt} runs, {remaining} left{postfix}"
@@ -569,18 +571,17 @@ def main(argv=None):
         mesh, group_size = split_group(devices, max(map(len, missing)), args.parallel_runs)
         drawn = ahead(draw_groups(missing, sizes, len(images), args.training, group_size, mesh))
         trained = ahead(train_groups(drawn, sizes, images, labels, args.training, mesh))
-        own = load_counts(args, job, len(images), args.checkpoint.name)
-        count_groups(trained, own, args, job, sum(map(len, missing)))
+        count_groups(trained, args, job, len(images), sum(map(len, missing)))
         done, n_heldout, n_correct = load_counts(args, job, len(images))
         if done.all():
             write_results(args, images, labels, original, n_heldout, n_correct)
         else:
-            say(f"{(~done).sum()} of {done.size} runs are missing: for other parts or a job without --part")
+            say(f"{(~done).sum()} of {done.size} runs are missing: do them by other parts, or without --part")
 
 
 if __name__ == "__main__":
-    # Python would put Ctrl-C off until the devices are done. For process 1, as in a container, the default
-    # action is none.
+    # SIG_DFL, as Python would put Ctrl-C off until the devices are done; but process 1, as in a container, is
+    # not ended by default.
     stop = signal.SIG_DFL if os.getpid() > 1 else lambda number, frame: os._exit(128 + number)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
