@@ -42,7 +42,7 @@ class Training(NamedTuple):  # settings of SGD with momentum; each is a command-
     batch_size: int = 128  # examples in a step
     learning_rate: float = 0.1
     momentum: float = 0.9
-    precision: str = "float32"  # or "bfloat16": to it, `inner` rounds what it multiplies
+    precision: str = "float32"  # or "bfloat16", to which `inner` rounds what it multiplies
 
 
 def draw_batches(run, n_examples, n_subset, training):
@@ -78,7 +78,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels].
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; filler among them, too.
     key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
@@ -368,8 +368,7 @@ def load_counts(args, job, n_examples, pattern="cscores-checkpoint*.npz"):
     with explained(f"cannot read {args.output_dir}", "use another --output-dir"):
         names = fnmatch.filter(sorted(os.listdir(args.output_dir)), pattern)  # glob would hide errors
     for path in map(args.output_dir.joinpath, names):
-        advice = f"use another --output-dir, or take {path.name} away"
-        with explained(f"cannot go on from {path}", advice), np.load(path) as file:
+        with explained(f"cannot go on from {path}", "use another --output-dir"), np.load(path) as file:
             old = json.loads(str(file["job"]))
             differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
             if differ:
@@ -378,7 +377,7 @@ def load_counts(args, job, n_examples, pattern="cscores-checkpoint*.npz"):
             if runs.max(initial=0) >= args.runs:
                 raise ValueError(f"it is of at least {runs.max() + 1} runs: give --runs that many")
             if holder[k, runs].any():
-                raise ValueError(f"{max(holder[k, runs])} has some of its runs, too")
+                raise ValueError(f"{max(holder[k, runs])} has the same runs, keep one of the two")
             holder[k, runs] = path.name
             n_heldout += file["n_heldout"]
             n_correct += file["n_correct"]
@@ -404,7 +403,7 @@ def lock(path):
 def write(path, temporary, save):
     """Write `path` by save(file). A reader sees the old file or the new, never half, even after a power cut.
     temporary: a path in the same folder that no other process writes to. Raises Problem."""
-    with explained(f"cannot write {path}", "start again when that works, or use another --output-dir"):
+    with explained(f"cannot write {path}", "start again once it can, or use another --output-dir"):
         try:
             with open(temporary, "wb") as file:
                 save(file)
@@ -519,7 +518,7 @@ def start_jax():
         found = f"not Python {sys.version.split()[0]} and JAX {jax.__version__}"
         raise Problem(f"mnist.py needs Python 3.11 and JAX 0.9 or later, {found}: use newer ones")
     flags = dict(enable_x64=False, threefry_partitionable=True, default_prng_impl="threefry2x32")
-    flags |= dict(numpy_dtype_promotion="standard", numpy_rank_promotion="allow")
+    flags |= dict(random_seed_offset=0, numpy_dtype_promotion="standard", numpy_rank_promotion="allow")
     for flag, default in flags.items():
         jax.config.update(f"jax_{flag}", default)
     if jax.config.jax_num_cpu_devices < 0:  # the user has not chosen

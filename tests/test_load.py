@@ -116,7 +116,10 @@ CLASSES = np.arange(6)
         (dict(images=PIXELS[0], labels=np.arange(4)), "not uint8 (4, 4)"),
         (dict(images=np.uint8(3), labels=np.arange(4)), "unsized"),
         (dict(images=PIXELS[:, :0], labels=CLASSES), "not uint8 (6, 0, 4)"),
-        (dict(images=np.zeros((6, 3, 8, 8), np.uint8), labels=CLASSES), "channels last, not uint8 (6, 3, 8, 8)"),
+        (
+            dict(images=np.zeros((6, 3, 8, 8), np.uint8), labels=CLASSES),
+            "channels last, not uint8 (6, 3, 8, 8)",
+        ),
         (dict(images=PIXELS, labels=np.arange(5)), "6 whole numbers, not int64 (5,)"),
         (
             dict(images=PIXELS, labels=np.eye(6, dtype=int)),

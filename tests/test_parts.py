@@ -311,7 +311,7 @@ def test_a_whole_job_beside_a_part(tmp_path, monkeypatch, capsys, ends_last):
         ("--epochs", 3, "epochs 2, not 3"),
         ("--batch-size", 100, "batch_size 128, not 100"),
         ("--precision", "bfloat16", "precision float32, not bfloat16"),
-        ("--runs", 6, "7 runs, more than --runs"),
+        ("--runs", 6, "7 runs: give --runs"),
     ],
 )
 @pytest.mark.parametrize("part", [("--part", 1, 3), ("--part", 0, 3), ("--part", 0, 1)], ids=str)
