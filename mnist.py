@@ -42,7 +42,7 @@ class Training(NamedTuple):  # settings of SGD with momentum; each is a command-
     batch_size: int = 128  # examples in a step
     learning_rate: float = 0.1
     momentum: float = 0.9
-    precision: str = "float32"  # or "bfloat16", to which `inner` rounds what it multiplies
+    precision: str = "float32"  # of products by `inner`; or "bfloat16"
 
 
 def draw_batches(run, n_examples, n_subset, training):
@@ -64,7 +64,7 @@ def draw_batches(run, n_examples, n_subset, training):
 
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
-    image_shape: (height, width, channels); hidden: the widths of the layers between image and logits.
+    run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
     For a network of your own, replace `init` and `predict`; params may be any pytree of float arrays."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
@@ -78,7 +78,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; filler among them, too.
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels], some of them mere filler.
     key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
@@ -148,8 +148,8 @@ def precision_of_products(precision):
 
 
 def inner(x, weights):
-    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. In bfloat16, the factors of it and of
-    the products in its gradient are rounded first, which JAX's own gradient would not do."""
+    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds both factors, here and
+    in the gradient; JAX would leave the gradient's in float32."""
     if jax.config.jax_default_matmul_precision != "bfloat16":
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
@@ -161,7 +161,7 @@ def inner(x, weights):
     def backward(rounded, gradient):
         x, weights = rounded
         gradient = gradient.astype(jnp.bfloat16)
-        # gradient.T, but gathered: of a transposed array, XLA's product on a CPU is one in float32.
+        # gradient.T, but gathered: XLA on a CPU would widen a transposed factor to float32, which is slow.
         transposed = gradient.ravel()[jnp.arange(gradient.size).reshape(gradient.shape).T]
         return jnp.matmul(gradient, weights, **to_float32), jnp.matmul(transposed, x, **to_float32)
 
@@ -172,8 +172,8 @@ def inner(x, weights):
 
 # === Many runs, on all devices ==================================================================
 def split_group(devices, n_runs, parallel_runs=None):
-    """The devices that train a group, not more than the n_runs that it can have, as a mesh "runs"; and its
-    size in runs: parallel_runs, or what suits the devices, rounded up to a multiple of their number."""
+    """The devices to use, as a mesh "runs", and the size of a group of runs that train together:
+    parallel_runs, or what suits the devices; at most n_runs; rounded up to fill the devices."""
     # On a CPU, two runs per core are no faster; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     at_once = max(1, min(parallel_runs or suitable, n_runs))
@@ -183,8 +183,8 @@ def split_group(devices, n_runs, parallel_runs=None):
 
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     """Draw the batches of groups. missing[k]: the runs to do at ratio k; sizes[k]: the size of their subsets.
-    Yields (k, runs, arrays): arrays [group_size, ...], split over the mesh, of the runs and of what
-    `draw_batches` returns for them. A short group is filled up with copies of its last run."""
+    Yields (k, runs, arrays), the arrays being runs, train_batches and heldout_batches, each [group_size, ...]
+    and split over the mesh. A short group is filled up with copies of its last run."""
     by_run = jax.NamedSharding(mesh, jax.P("runs"))
     with ThreadPoolExecutor() as drawers:
         for first in range(0, max(map(len, missing)), group_size):
@@ -279,7 +279,7 @@ def load_tfds(dataset, data_dir):
         builder.download_and_prepare()
     except Exception:
         builder = tfds.builder(dataset, data_dir=data_dir)
-        if not builder.is_prepared():  # by another process, which was faster
+        if not builder.is_prepared():  # no other process has done it meanwhile
             raise
     in_order = tfds.ReadConfig(interleave_cycle_length=1)  # one file of the split after the other
     examples = builder.as_dataset(split="train", as_supervised=True, read_config=in_order)
@@ -310,7 +310,9 @@ def check_images(images):
     if images.dtype != np.uint8 and (high <= 1 or (exact != images).any()):
         advice = f"np.uint8(np.round(np.interp(images, [{min(low, 0)}, {max(high, 1)}], [0, 255])))"
         advice = advice if np.isfinite(low + high) else "without images that are not all numbers"
-        raise Problem(f"images must be whole, 0 to 255, not {found} from {low:g} to {high:g}: try {advice}")
+        raise Problem(
+            f"images must be 0 to 255, in whole, not {found} from {low:g} to {high:g}: try {advice}"
+        )
     return exact.reshape(*images.shape[:3], -1)  # gray images get their one channel
 
 
@@ -346,12 +348,12 @@ def subset_sizes(ratios, n_examples, batch_size):
 
 # === Checkpoints of a job and of its parts ======================================================
 def describe_job(args, images, labels, sizes):
-    """All that counts depend on, as a dict: the settings, and hashes of the data and of the algorithm. The
-    algorithm is the program that JAX makes of a run, the same one for all devices, and one run's batches."""
+    """All that counts depend on, as a dict: the settings, and hashes of the data and of the algorithm, that
+    is of one run's batches and of the program that JAX makes of a run, for a CPU on any device."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
-    number, of_examples = np.int32(0), np.zeros(len(labels), np.int32)  # for their types only
-    traced = one_run.trace(number, *batches, number, images, of_examples)
+    number = np.int32(0)  # any run, any size of a subset: the program is the same
+    traced = one_run.trace(number, *batches, number, images, labels.astype(np.int32))
     program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()
     algorithm = hashlib.sha256(b"".join([program, *batches]))
     content = hashlib.sha256(images)
@@ -513,7 +515,7 @@ def parse_args(argv=None):
 
 def start_jax():
     """Start JAX, with each CPU core as a device, and return the devices. Raises Problem if there are none.
-    Flags that a user may have set for other programs get JAX's defaults: they would change the scores."""
+    Flags that were set for other programs would change the scores: they get JAX's defaults."""
     if sys.version_info < (3, 11) or jax.__version_info__ < (0, 9):
         found = f"not Python {sys.version.split()[0]} and JAX {jax.__version__}"
         raise Problem(f"mnist.py needs Python 3.11 and JAX 0.9 or later, {found}: use newer ones")
@@ -530,7 +532,7 @@ def start_jax():
 
 
 def count_groups(trained, args, job, n_examples, n_missing):
-    """Have groups trained, one after the other; add each to this part's counts, and these to its checkpoint.
+    """Have groups trained, one after the other; count each, and write this part's counts to its checkpoint.
     Shows how far the part is: n_missing of its runs are to do."""
     done, n_heldout, n_correct = load_counts(args, job, n_examples, args.checkpoint.name)
     total = len(args.ratios) * len(args.runs_of_part)
@@ -575,12 +577,13 @@ def main(argv=None):
         if done.all():
             write_results(args, images, labels, original, n_heldout, n_correct)
         else:
-            say(f"{(~done).sum()} of {done.size} runs are missing: do them by other parts, or without --part")
+            how = "the part that ends last writes the results; if none runs, start one without --part"
+            say(f"{(~done).sum()} of {done.size} runs are missing: {how}")
 
 
 if __name__ == "__main__":
-    # SIG_DFL, as Python would put Ctrl-C off until the devices are done; but process 1, as in a container, is
-    # not ended by default.
+    # Python would put Ctrl-C off until the devices are done; the system's default ends a process at once, but
+    # not process 1, as in a container.
     stop = signal.SIG_DFL if os.getpid() > 1 else lambda number, frame: os._exit(128 + number)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
