@@ -143,13 +143,13 @@ def cscores(n_heldout, n_correct):
 
 
 def precision_of_products(precision):
-    """The context in which `inner` rounds to bfloat16; for float32, one that changes nothing of JAX's."""
+    """The context that tells `inner` to round to bfloat16; for float32 none: JAX's own setting stays."""
     return jax.default_matmul_precision("bfloat16") if precision == "bfloat16" else nullcontext()
 
 
 def inner(x, weights):
-    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds both factors, here and
-    in the gradient; JAX would leave the gradient's in float32."""
+    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds both factors of each
+    product, in the backward pass too, where JAX by itself would leave the incoming gradient float32."""
     if jax.config.jax_default_matmul_precision != "bfloat16":
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
@@ -176,7 +176,7 @@ def split_group(devices, n_runs, parallel_runs=None):
     parallel_runs, or what suits the devices; at most n_runs; rounded up to fill the devices."""
     # On a CPU, two runs per core are no faster; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
-    at_once = max(1, min(parallel_runs or suitable, n_runs))
+    at_once = max(1, min(parallel_runs or suitable, n_runs))  # n_runs is 0 if none is missing
     mesh = jax.sharding.Mesh(devices[:at_once], ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
     return mesh, math.ceil(at_once / mesh.size) * mesh.size
 
@@ -203,7 +203,7 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     classes, labels = np.unique(labels, return_inverse=True)
     images, labels = jax.device_put((images, labels.astype(np.int32)), jax.NamedSharding(mesh, jax.P()))
     one_run = partial(train_and_test, n_classes=len(classes), training=training)
-    runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))
+    runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))  # 0: runs and their batches
     specs = dict(in_specs=(jax.P("runs"),) * 3 + (jax.P(),) * 3, out_specs=jax.P("runs"))
     # Without check_vma=False, JAX refuses our loops, as they start from constants.
     all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs, check_vma=False))
@@ -307,7 +307,7 @@ def check_images(images):
     exact = room[start : start + images.size].reshape(images.shape)
     exact[...] = images
     low, high = float(images.min()), float(images.max())
-    if images.dtype != np.uint8 and (high <= 1 or (exact != images).any()):
+    if images.dtype != np.uint8 and (high <= 1 or (exact != images).any()):  # up to 1: scaled, it seems
         advice = f"np.uint8(np.round(np.interp(images, [{min(low, 0)}, {max(high, 1)}], [0, 255])))"
         advice = advice if np.isfinite(low + high) else "without images that are not all numbers"
         raise Problem(
@@ -348,8 +348,8 @@ def subset_sizes(ratios, n_examples, batch_size):
 
 # === Checkpoints of a job and of its parts ======================================================
 def describe_job(args, images, labels, sizes):
-    """All that counts depend on, as a dict: the settings, and hashes of the data and of the algorithm, that
-    is of one run's batches and of the program that JAX makes of a run, for a CPU on any device."""
+    """What the counts depend on, as a dict: the settings, and hashes of the data and of the algorithm, that
+    is of one run's batches and of JAX's program for a run, as lowered for a CPU, whatever the devices."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     number = np.int32(0)  # any run, any size of a subset: the program is the same
@@ -378,8 +378,8 @@ def load_counts(args, job, n_examples, pattern="cscores-checkpoint*.npz"):
             k, runs = file["runs"].T
             if runs.max(initial=0) >= args.runs:
                 raise ValueError(f"it is of at least {runs.max() + 1} runs: give --runs that many")
-            if holder[k, runs].any():
-                raise ValueError(f"{max(holder[k, runs])} has the same runs, keep one of the two")
+            if other := max(holder[k, runs], default=""):
+                raise ValueError(f"{other} has the same runs, keep one of the two")
             holder[k, runs] = path.name
             n_heldout += file["n_heldout"]
             n_correct += file["n_correct"]
@@ -413,7 +413,7 @@ def write(path, temporary, save):
                 try:
                     os.fsync(file.fileno())
                 except OSError as error:
-                    if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # this file system has no fsync
+                    if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # those: no fsync here
                         raise
             temporary.replace(path)
         finally:
@@ -515,7 +515,7 @@ def parse_args(argv=None):
 
 def start_jax():
     """Start JAX, with each CPU core as a device, and return the devices. Raises Problem if there are none.
-    Flags that were set for other programs would change the scores: they get JAX's defaults."""
+    Of flags set for other programs, these would change the scores unseen: they get JAX's defaults."""
     if sys.version_info < (3, 11) or jax.__version_info__ < (0, 9):
         found = f"not Python {sys.version.split()[0]} and JAX {jax.__version__}"
         raise Problem(f"mnist.py needs Python 3.11 and JAX 0.9 or later, {found}: use newer ones")
