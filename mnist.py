@@ -309,10 +309,15 @@ def check_images(images):
     low, high = float(images.min()), float(images.max())
     if images.dtype != np.uint8 and (high <= 1 or (exact != images).any()):  # up to 1: scaled, it seems
         advice = f"np.uint8(np.round(np.interp(images, [{min(low, 0)}, {max(high, 1)}], [0, 255])))"
+        if images.dtype == np.int8:
+            advice += " or images.view(np.uint8) if they are bytes without their sign"
         advice = advice if np.isfinite(low + high) else "without images that are not all numbers"
         raise Problem(
-            f"images must be 0 to 255, in whole, not {found} from {low:g} to {high:g}: try {advice}"
+            f"images must be whole, 0 to 255, not {found} from {low:g} to {high:g}: try {advice}"
         )
+    if high < 128:
+        advice = f"if that is white, try np.uint8(np.round(images * (255 / {high:g})))"
+        print(f"warning: no pixel is above {high:g} of 255: {advice}", file=sys.stderr)
     return exact.reshape(*images.shape[:3], -1)  # gray images get their one channel
 
 
@@ -329,6 +334,10 @@ def check_labels(labels, n_examples):
     if whole.dtype.kind not in "iu" or (whole != labels).any():
         advice = "np.unique(labels, return_inverse=True)[1], without examples that have no label"
         raise Problem(f"{need}: try {advice}")
+    if whole.min() == -1:
+        print(
+            "warning: the label -1 is a class, too: leave out what has no label", file=sys.stderr
+        )
     if (whole == whole[0]).all():
         raise Problem(f"labels must be of several classes, not all {whole[0]}: every score would be 1")
     return whole

@@ -803,3 +803,26 @@ def test_real_mnist(tmp_path):
     assert results["n_heldout"].sum() == 2 * 54000
     accuracy = np.average(np.nan_to_num(results["profile"][0]), weights=results["n_heldout"][0])
     assert accuracy == pytest.approx(0.953, abs=0.004)
+
+
+def test_dark_pictures_and_the_label_of_no_class_are_warned_of(im, y, tmp_path, capsys):
+    def warnings(**arrays):
+        np.savez(tmp_path / "own.npz", **arrays)
+        loaded = mnist.load(str(tmp_path / "own.npz"))
+        return loaded, capsys.readouterr().err
+
+    assert warnings(images=im, labels=y)[1] == ""
+    dark = np.round(im / 255 * 16)  # as scikit-learn has its digits
+    (images, *_), warning = warnings(images=dark, labels=y)
+    assert "no pixel is above 16 of 255" in warning and images.max() == 16
+    advised = eval(warning.rpartition("try ")[2], dict(np=np, images=dark))
+    assert warnings(images=advised, labels=y)[1] == "" and np.abs(advised - im.astype(int)).max() <= 8
+    assert "no pixel is above 1 of 255" in warnings(images=np.uint8(im > 128), labels=y)[1]
+    (_, labels, _), warning = warnings(images=im, labels=np.where(y == 3, -1, y))
+    assert "label -1" in warning and (labels == -1).sum() == (y == 3).sum()
+
+
+def test_bytes_without_their_sign(im, y, tmp_path):
+    line = load_error(tmp_path, images=im.view(np.int8), labels=y)
+    advice = re.search(r" or (images\.view\(np\.uint8\)) if ", line)[1]
+    assert np.array_equal(eval(advice, dict(np=np, images=im.view(np.int8))), im)
