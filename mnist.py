@@ -312,9 +312,7 @@ def check_images(images):
         if images.dtype == np.int8:
             advice += " or images.view(np.uint8) if they are bytes without their sign"
         advice = advice if np.isfinite(low + high) else "without images that are not all numbers"
-        raise Problem(
-            f"images must be whole, 0 to 255, not {found} from {low:g} to {high:g}: try {advice}"
-        )
+        raise Problem(f"images must be whole, 0 to 255, not {found} from {low:g} to {high:g}: try {advice}")
     if high < 128:
         advice = f"if that is white, try np.uint8(np.round(images * (255 / {high:g})))"
         print(f"warning: no pixel is above {high:g} of 255: {advice}", file=sys.stderr)
@@ -335,9 +333,7 @@ def check_labels(labels, n_examples):
         advice = "np.unique(labels, return_inverse=True)[1], without examples that have no label"
         raise Problem(f"{need}: try {advice}")
     if whole.min() == -1:
-        print(
-            "warning: the label -1 is a class, too: leave out what has no label", file=sys.stderr
-        )
+        print("warning: the label -1 is a class, too: leave out what has no label", file=sys.stderr)
     if (whole == whole[0]).all():
         raise Problem(f"labels must be of several classes, not all {whole[0]}: every score would be 1")
     return whole
