@@ -6,8 +6,9 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -104,10 +105,9 @@ def changed_script(folder, *changes):
 
 
 def load_script(path):
-    """A changed copy of the script as a module of this process."""
-    spec = spec_from_file_location("changed", path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """A changed copy of the script as a module of this process; without bytecode, which can be too old."""
+    module = ModuleType("changed")
+    exec(compile(path.read_text(), str(path), "exec"), vars(module))
     return module
 
 

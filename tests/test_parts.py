@@ -92,7 +92,9 @@ def test_parts_at_once_on_other_devices_one_of_them_killed_and_started_again(tmp
     assert 0 < done < 10, "it was stopped in the middle"
 
     assert [status for status, _, _ in others] == [0, 0], others
-    assert f"{10 - done:.0f} of 30 runs are missing" in "".join(printed for _, printed, _ in others)
+    printed = "".join(printed for _, printed, _ in others)
+    missing = f"{10 - done:.0f} of 30 runs are missing", "10 of 30 runs are missing"  # they may end before it
+    assert any(each in printed for each in missing)
     assert all("Traceback" not in err and "100%" in err for _, _, err in others)
     assert not set(files(out)) & {*RESULTS}
 
