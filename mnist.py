@@ -286,8 +286,8 @@ def load_tfds(dataset, data_dir):
     images, labels = next(iter(tfds.as_numpy(examples.batch(len(examples)))))
     # tfds sorts a split by the hash of each example's key, which for these sets is its original index.
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
-    hashes = [Hasher("train").hash_key(index) for index in range(len(labels))]
-    original = np.argsort(hashes) if dataset.split(":")[0].split("/")[0] in by_index else None
+    hashes = map(Hasher("train").hash_key, range(len(labels)))
+    original = np.argsort([*hashes]) if dataset.split(":")[0].split("/")[0] in by_index else None
     return images, labels.astype(np.int32, casting="same_kind"), original  # same_kind refuses float labels
 
 
