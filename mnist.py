@@ -15,7 +15,6 @@ a random subset of the N examples; the subset's share of them is the subset rati
 
 import argparse
 import errno
-import fnmatch
 import hashlib
 import json
 import logging
@@ -28,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import jax
@@ -42,7 +42,7 @@ class Training(NamedTuple):  # settings of SGD with momentum; each is a command-
     batch_size: int = 128  # examples in a step
     learning_rate: float = 0.1
     momentum: float = 0.9
-    precision: str = "float32"  # of products by `inner`; or "bfloat16"
+    precision: str = "float32"  # of products by `inner`, as JAX is set (on a GPU, TF32); or "bfloat16"
 
 
 def draw_batches(run, n_examples, n_subset, training):
@@ -118,7 +118,8 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
     run and n_subset are traced: all runs and ratios share one compilation. images, labels: as in `train`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    with precision_of_products(training.precision):
+    rounding = jax.default_matmul_precision("bfloat16") if training.precision == "bfloat16" else nullcontext()
+    with rounding:
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(~run)  # other seeds than those of `init`: -1, -2, ...
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
@@ -140,11 +141,6 @@ def cscores(n_heldout, n_correct):
     with np.errstate(invalid="ignore"):
         profile = n_correct / n_heldout
         return np.nansum(profile, axis=0) / np.sum(n_heldout > 0, axis=0), profile
-
-
-def precision_of_products(precision):
-    """The context that tells `inner` to round to bfloat16; for float32 none: JAX's own setting stays."""
-    return jax.default_matmul_precision("bfloat16") if precision == "bfloat16" else nullcontext()
 
 
 def inner(x, weights):
@@ -176,16 +172,15 @@ def split_group(devices, n_runs, parallel_runs=None):
     parallel_runs, or what suits the devices; at most n_runs; rounded up to fill the devices."""
     # On a CPU, two runs per core are no faster; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
-    at_once = max(1, min(parallel_runs or suitable, n_runs))  # n_runs is 0 if none is missing
-    mesh = jax.sharding.Mesh(devices[:at_once], ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
-    return mesh, math.ceil(at_once / mesh.size) * mesh.size
+    n_at_once = max(1, min(parallel_runs or suitable, n_runs))  # n_runs is 0 if none is missing
+    mesh = jax.sharding.Mesh(devices[:n_at_once], "runs")
+    return mesh, math.ceil(n_at_once / mesh.size) * mesh.size
 
 
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     """Draw the batches of groups. missing[k]: the runs to do at ratio k; sizes[k]: the size of their subsets.
     Yields (k, runs, arrays), the arrays being runs, train_batches and heldout_batches, each [group_size, ...]
     and split over the mesh. A short group is filled up with copies of its last run."""
-    by_run = jax.NamedSharding(mesh, jax.P("runs"))
     with ThreadPoolExecutor() as drawers:
         for first in range(0, max(map(len, missing)), group_size):
             for k, n_subset in enumerate(sizes):  # all ratios in turn, so that the time left can be told
@@ -194,27 +189,30 @@ def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
                     draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
                     train_batches, heldout_batches = zip(*drawers.map(draw, filled))
                     arrays = np.array(filled, np.int32), np.stack(train_batches), np.stack(heldout_batches)
-                    yield k, runs, jax.device_put(arrays, by_run)
+                    yield k, runs, jax.device_put(arrays, jax.NamedSharding(mesh, jax.P("runs")))
 
 
 def train_groups(drawn, sizes, images, labels, training, mesh):
     """Train and test groups; each device does its own runs. Yields (k, runs, correctness int8 [runs, N]).
     images: uint8 [N, height, width, channels]; labels: integers [N]."""
     classes, labels = np.unique(labels, return_inverse=True)
-    images, labels = jax.device_put((images, labels.astype(np.int32)), jax.NamedSharding(mesh, jax.P()))
-    one_run = partial(train_and_test, n_classes=len(classes), training=training)
-    runs_of_a_device = jax.vmap(one_run, in_axes=(0, 0, 0, None, None, None))  # 0: runs and their batches
-    specs = dict(in_specs=(jax.P("runs"),) * 3 + (jax.P(),) * 3, out_specs=jax.P("runs"))
+    by_run, to_all = jax.P("runs"), jax.P()
+    data = jax.device_put((images, labels.astype(np.int32)), jax.NamedSharding(mesh, to_all))
+
+    def train_on_device(arrays, n_subset, data):  # the device's own runs of a group
+        one_run = partial(train_and_test, n_subset=n_subset, images=data[0], labels=data[1])
+        return jax.vmap(partial(one_run, n_classes=len(classes), training=training))(*arrays)
+
     # Without check_vma=False, JAX refuses our loops, as they start from constants.
-    all_runs = jax.jit(jax.shard_map(runs_of_a_device, mesh=mesh, **specs, check_vma=False))
+    specs = dict(in_specs=(by_run, to_all, to_all), out_specs=by_run, check_vma=False)
+    train_group = jax.jit(jax.shard_map(train_on_device, mesh=mesh, **specs))
     for k, runs, arrays in drawn:
-        correctness = np.asarray(all_runs(*arrays, sizes[k], images, labels))
+        correctness = np.asarray(train_group(arrays, sizes[k], data))
         yield k, runs, correctness[: len(runs)]  # without the copies
 
 
 def ahead(items):
-    """Yield the items of a generator; a thread makes the next one while the caller works with this one.
-    Nothing is made before the first is asked for."""
+    """Yield the items of a generator; a thread makes the next one while the caller works with this one."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(next, items, None)
         while (item := following.result()) is not None:
@@ -223,15 +221,12 @@ def ahead(items):
 
 
 # === Data =======================================================================================
-DATASETS = "FILE.npz, digits (scikit-learn) or a labeled tfds set (TensorFlow, Python < 3.14; internet once)"
-
-
 class Problem(Exception):
     """Ends the job with one line that says what is wrong and what to do."""
 
 
 @contextmanager
-def explained(what, advice):
+def explained(what, advice="use another --output-dir"):
     """Whatever goes wrong inside becomes a Problem that also says what was tried and what to do."""
     try:
         yield
@@ -239,18 +234,17 @@ def explained(what, advice):
         raise Problem(f"{what} ({str(error)[:500] or repr(error)}): {advice}") from error
 
 
+@np.errstate(invalid="ignore")  # a NaN has no integer, which the checks see
 def load(dataset, data_dir=None):
     """Load the training examples of an .npz file, of scikit-learn's `digits` or of a tfds data set.
     Returns images uint8 [N, height, width, channels]; labels, integers [N]; and original int64 [N], the index
     of each in the original files, or None if unknown. Raises Problem if it cannot be had or does not suit."""
-    with explained(f"cannot load --dataset {dataset}", f"it takes {DATASETS}"):
+    with explained(f"cannot load --dataset {dataset}", "it takes FILE.npz, digits or tfds (Python < 3.14)"):
         if dataset.lower().endswith(".npz"):
             pairs = ("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels")
             with np.load(dataset) as file:  # which refuses pickles
-                found = [pair for pair in pairs if set(pair) <= set(file)]
-                if not found:
-                    raise ValueError(f"it has {', '.join(file) or 'nothing'}, not images and labels")
-                images, labels = (file[name] for name in found[0])
+                names = next((pair for pair in pairs if pair[0] in file), pairs[-1])
+                images, labels = (file[name] for name in names)
             original = np.arange(len(images))
         elif dataset == "digits":
             from sklearn.datasets import load_digits
@@ -274,15 +268,14 @@ def load_tfds(dataset, data_dir):
 
     with suppress(RuntimeError):  # TensorFlow is in use already, as in a notebook
         config.set_visible_devices([], "GPU")  # it would take the memory that JAX needs
-    builder = tfds.builder(dataset, data_dir=data_dir)
-    try:
-        builder.download_and_prepare()
-    except Exception:
-        builder = tfds.builder(dataset, data_dir=data_dir)
-        if not builder.is_prepared():  # no other process has done it meanwhile
-            raise
     in_order = tfds.ReadConfig(interleave_cycle_length=1)  # one file of the split after the other
-    examples = builder.as_dataset(split="train", as_supervised=True, read_config=in_order)
+    read = dict(split="train", as_supervised=True, data_dir=data_dir, read_config=in_order)
+    try:
+        examples = tfds.load(dataset, **read)
+    except Exception:
+        if not tfds.builder(dataset, data_dir=data_dir).is_prepared():
+            raise
+        examples = tfds.load(dataset, **read)  # another process has prepared it meanwhile
     images, labels = next(iter(tfds.as_numpy(examples.batch(len(examples)))))
     # tfds sorts a split by the hash of each example's key, which for these sets is its original index.
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
@@ -291,153 +284,114 @@ def load_tfds(dataset, data_dir):
     return images, labels.astype(np.int32, casting="same_kind"), original  # same_kind refuses float labels
 
 
-@np.errstate(invalid="ignore")
 def check_images(images):
-    """The images as uint8 [N, height, width, channels]. Raises Problem if that would change a picture.
-    They lie at a multiple of 64 bytes: all CPU devices share such an array; of others JAX makes copies."""
-    found = f"{images.dtype} {images.shape}"
-    if images.dtype.kind not in "biuf" or images.size == 0:
-        raise Problem(f"images must be numbers, not {found}")
+    """The images as uint8 [N, height, width, channels]. Raises Problem if that would change a picture."""
+    found = f"not {images.dtype} {images.shape}"
+    if images.dtype.kind not in "biuf" or images.size == 0 or not np.isfinite(images).all():
+        raise Problem(f"images must be numbers, every pixel of them, {found}")
     if images.ndim not in (3, 4):
-        raise Problem(f"images must be single pictures, not {found}: try images.reshape(N, height, width)")
+        raise Problem(f"images must be single pictures, {found}: try images.reshape(N, height, width)")
     if images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]:
-        raise Problem(f"images must have their channels last, not {found}: try images.transpose(0, 2, 3, 1)")
-    room = np.empty(images.size + 64, np.uint8)
-    start = -room.ctypes.data % 64
-    exact = room[start : start + images.size].reshape(images.shape)
-    exact[...] = images
-    low, high = float(images.min()), float(images.max())
-    if images.dtype != np.uint8 and (high <= 1 or (exact != images).any()):  # up to 1: scaled, it seems
+        raise Problem(f"images must have their channels last, {found}: try images.transpose(0, 2, 3, 1)")
+    pixels, low, high = images.astype(np.uint8, copy=False), float(images.min()), float(images.max())
+    if images.dtype != np.uint8 and (high <= 1 or (pixels != images).any()):  # up to 1: scaled, it seems
         advice = f"np.uint8(np.round(np.interp(images, [{min(low, 0)}, {max(high, 1)}], [0, 255])))"
         if images.dtype == np.int8:
-            advice += " or images.view(np.uint8) if they are bytes without their sign"
-        advice = advice if np.isfinite(low + high) else "without images that are not all numbers"
-        raise Problem(f"images must be whole, 0 to 255, not {found} from {low:g} to {high:g}: try {advice}")
+            advice = f"images.view(np.uint8) if these are bytes, or {advice}"
+        raise Problem(f"images must be whole, 0 to 255, {found} from {low:g} to {high:g}: try {advice}")
     if high < 128:
-        advice = f"if that is white, try np.uint8(np.round(images * (255 / {high:g})))"
-        print(f"warning: no pixel is above {high:g} of 255: {advice}", file=sys.stderr)
-    return exact.reshape(*images.shape[:3], -1)  # gray images get their one channel
+        print(f"warning: no pixel is above {high:g}: if white, multiply by 255 / {high:g}", file=sys.stderr)
+    return pixels.reshape(*images.shape[:3], -1)  # gray images get their one channel
 
 
-@np.errstate(invalid="ignore")
 def check_labels(labels, n_examples):
     """The labels as integers [N]. Raises Problem if they are not whole numbers of several classes."""
     need = f"labels must be {n_examples} whole numbers, not {labels.dtype} {labels.shape}"
     if labels.shape in ((n_examples, 1), (1, n_examples)):  # as MATLAB has them
         labels = labels.ravel()
     if labels.shape != (n_examples,):
-        rows = ": try labels.argmax(axis=1) if each row has a single 1"
-        raise Problem(need + (rows if labels.shape[:1] == (n_examples,) else ""))
+        raise Problem(f"{need}: one an image; if each row has a single 1, try labels.argmax(axis=1)")
     whole = labels.astype(np.int64) if labels.dtype.kind in "bf" else labels
     if whole.dtype.kind not in "iu" or (whole != labels).any():
-        advice = "np.unique(labels, return_inverse=True)[1], without examples that have no label"
-        raise Problem(f"{need}: try {advice}")
-    if whole.min() == -1:
-        print("warning: the label -1 is a class, too: leave out what has no label", file=sys.stderr)
+        raise Problem(f"{need}: try np.unique(labels, return_inverse=True)[1], without what has no label")
     if (whole == whole[0]).all():
         raise Problem(f"labels must be of several classes, not all {whole[0]}: every score would be 1")
     return whole
 
 
-def subset_sizes(ratios, n_examples, batch_size):
-    """Subset sizes, int [K]. Raises Problem if one is 0 or N; warns if a last batch has very few examples."""
-    sizes = np.array([round(n_examples * ratio) for ratio in ratios])
-    if min(sizes) == 0 or max(sizes) == n_examples:
-        raise Problem(f"--ratios: each must leave some of the {n_examples} examples in, and some out")
-    rests = zip(ratios, sizes % batch_size)
-    small = ", ".join(f"{rest} at ratio {ratio:g}" for ratio, rest in rests if 0 < rest < batch_size / 10)
-    if small:
-        print(f"warning: last batch of {small} can spoil a model: try another --batch-size", file=sys.stderr)
-    return sizes
-
-
-# === Checkpoints of a job and of its parts ======================================================
+# === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
     """What the counts depend on, as a dict: the settings, and hashes of the data and of the algorithm, that
-    is of one run's batches and of JAX's program for a run, as lowered for a CPU, whatever the devices."""
+    is of one run's batches and of JAX's program for any run, as lowered for a CPU, whatever the devices."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
-    number = np.int32(0)  # any run, any size of a subset: the program is the same
-    traced = one_run.trace(number, *batches, number, images, labels.astype(np.int32))
-    program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()
-    algorithm = hashlib.sha256(b"".join([program, *batches]))
+    traced = one_run.trace(np.int32(0), *batches, np.int32(0), images, labels.astype(np.int32))
+    program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()  # it has the shape of the data
+    algorithm = hashlib.sha256(b"".join([program, *batches])).hexdigest()[:16]
     content = hashlib.sha256(images)
-    content.update(str(images.shape).encode() + labels.astype("<i8").tobytes())
-    hashes = dict(content=content.hexdigest()[:16], algorithm=algorithm.hexdigest()[:16])
+    content.update(labels.astype("<i8"))
+    hashes = dict(content=content.hexdigest()[:16], algorithm=algorithm)
     return dict(dataset=args.dataset_name, ratios=args.ratios, **args.training._asdict(), **hashes)
 
 
-def load_counts(args, job, n_examples, pattern="cscores-checkpoint*.npz"):
-    """What the checkpoints hold together: which runs, bool [K, n_runs]; n_heldout, n_correct, int32 [K, N].
-    Raises Problem if one cannot be read, is of another job, has more runs, or the same runs as another."""
-    holder = np.full((len(args.ratios), args.runs), "", object)  # the name of the checkpoint that has a run
+def read_runs(args, job, n_examples):
+    """Count the runs that are saved, whichever part did them: done bool [K, n_runs]; n_heldout and n_correct,
+    int32 [K, N]. Raises Problem if one cannot be read, is of another job, or is beyond --runs."""
+    done = np.zeros((len(args.ratios), args.runs), bool)
     n_heldout, n_correct = np.zeros((2, len(args.ratios), n_examples), np.int32)
-    with explained(f"cannot read {args.output_dir}", "use another --output-dir"):
-        names = fnmatch.filter(sorted(os.listdir(args.output_dir)), pattern)  # glob would hide errors
-    for path in map(args.output_dir.joinpath, names):
-        with explained(f"cannot go on from {path}", "use another --output-dir"), np.load(path) as file:
+    with explained(f"cannot use {args.runs_dir}"):
+        args.runs_dir.mkdir(parents=True, exist_ok=True)
+        names = os.listdir(args.runs_dir)  # glob would hide errors
+    for path in (args.runs_dir / name for name in names if name.endswith(".npz")):
+        with explained(f"cannot go on from {path}"), np.load(path) as file:
             old = json.loads(str(file["job"]))
             differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
             if differ:
                 raise ValueError(f"made with {'; '.join(differ)}; another JAX, too, changes the algorithm")
-            k, runs = file["runs"].T
-            if runs.max(initial=0) >= args.runs:
-                raise ValueError(f"it is of at least {runs.max() + 1} runs: give --runs that many")
-            if other := max(holder[k, runs], default=""):
-                raise ValueError(f"{other} has the same runs, keep one of the two")
-            holder[k, runs] = path.name
-            n_heldout += file["n_heldout"]
-            n_correct += file["n_correct"]
-    return holder != "", n_heldout, n_correct
+            k, run = map(int, path.stem.split("-"))
+            if run >= args.runs:
+                raise ValueError(f"it is run {run}, counted from 0: give --runs that many")
+            correctness = file["correctness"]
+            done[k, run] = True
+            n_heldout[k] += correctness >= 0
+            n_correct[k] += correctness == 1
+    return done, n_heldout, n_correct
 
 
-def lock(path):
-    """A file whose lock keeps other processes from this part. Raises Problem if one is at it already."""
-    with explained(f"cannot write to {path.parent}", "use another --output-dir"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")  # noqa: SIM115
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:
-        raise Problem(f"another job is at work in {path.parent}: use another --output-dir or --part") from e
-    except (ImportError, OSError):
-        pass  # Windows has no fcntl, and some file systems have no locks: there, the user has to see to it
-    return file
+def save_runs(trained, args, job, n_missing):
+    """Save runs, each in a file of its own, as groups of them are trained; show how many of n_missing are."""
+    n_failed = 0
+    with tqdm(total=n_missing, unit=" runs", smoothing=0, disable=not n_missing) as bar:
+        for k, runs, correctness in trained:
+            for run, of_run in zip(runs, correctness):
+                save = partial(np.savez_compressed, job=json.dumps(job), correctness=of_run)
+                write(args.runs_dir / f"{k}-{run}.npz", save)
+            accuracy = correctness[correctness >= 0].mean()
+            n_failed += (correctness < 1).all(axis=1).sum()  # models wrong on all that they held out
+            bar.set_postfix(ratio=args.ratios[k], accuracy=f"{accuracy:.4f}", failed=n_failed, refresh=False)
+            bar.update(len(runs))
 
 
-def write(path, temporary, save):
-    """Write `path` by save(file). A reader sees the old file or the new, never half, even after a power cut.
-    temporary: a path in the same folder that no other process writes to. Raises Problem."""
-    with explained(f"cannot write {path}", "start again once it can, or use another --output-dir"):
-        try:
-            with open(temporary, "wb") as file:
-                save(file)
-                file.flush()
-                try:
-                    os.fsync(file.fileno())
-                except OSError as error:
-                    if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # those: no fsync here
-                        raise
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)  # it is there only if something failed
+def write(path, save):
+    """Write `path` by save(file), whole or not at all, even if the power fails. Raises Problem."""
+    with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:
+        with open(Path(new, path.name), "wb") as file:
+            save(file)
+            file.flush()
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # those: no fsync here
+                    raise
+        Path(new, path.name).replace(path)
 
 
 # === Results ====================================================================================
-ROWS = 50  # of the figure, at most
-
-
-def draw_figure(images, labels, scores, columns=10, rows=ROWS, pixels=100):
-    """A row per class: its highest-scored examples on the left; on the right its lowest, lowest first.
-    images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown.
-    Of more classes than rows, the first are shown; images of more pixels a side are thinned out."""
-    stride = math.ceil(max(images.shape[1:3]) / pixels)
-    images = images[:, ::stride, ::stride]
+def draw_figure(images, labels, scores, classes, columns=10):
+    """A row for each of the classes: its highest-scored examples, left; its lowest, lowest first, right.
+    images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown."""
     height, width, channels = images.shape[1:]
     shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # else the middle channel, as gray
-    classes = np.unique(labels)[:rows]
     cells = np.full((len(classes), 2 * columns + 1, height + 2, width + 2, 3), 255, np.uint8)
     for row, label in zip(cells, classes):
         members = np.flatnonzero((labels == label) & ~np.isnan(scores))
@@ -457,47 +411,36 @@ def write_results(args, images, labels, original, n_heldout, n_correct):
     order = "tfds" if original is None else "orig"
     if original is not None:
         results = {name: array[..., np.argsort(original)] for name, array in results.items()}
-    figure = draw_figure(images, labels, scores)
+    classes = np.unique(labels)
+    figure = draw_figure(images, labels, scores, classes[:50])  # more can hardly be looked at
     saves = {
         "cscores.npy": partial(np.save, arr=scores),
         f"cscores-{order}-order.npz": partial(np.savez_compressed, **results, subset_ratios=args.ratios),
         f"{args.dataset_name}-examples.pdf": partial(imsave, arr=figure, format="pdf", dpi=50),
     }
     for name, save in saves.items():
-        write(args.output_dir / name, args.temporary, save)
-    say("subset ratio     ", *(f"{ratio:<6g}" for ratio in args.ratios))
-    say("held-out accuracy", *(f"{p:.4f}" for p in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
-    say(f"mean C-score {np.nanmean(scores):.4f}; never held out: {np.isnan(scores).sum()} examples")
-    n_classes = len(np.unique(labels))
-    if n_classes > ROWS:
-        say(f"the figure shows the first {ROWS} of {n_classes} classes")
-    say(f"written to {args.output_dir}: {', '.join(saves)}")
-
-
-@explained("cannot print", "results are in their files")
-def say(*words):
-    """Print to stdout. If nobody reads on, as after `| head -1`, that is no fault."""
-    try:
-        print(*words, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again as it ends
+        write(args.output_dir / name, save)
+    print("subset ratio     ", *(f"{ratio:<6g}" for ratio in args.ratios))
+    print("held-out accuracy", *(f"{p:.4f}" for p in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
+    print(f"mean C-score {np.nanmean(scores):.4f}; never held out: {np.isnan(scores).sum()} examples")
+    shown = f"the figure shows {len(classes[:50])} of {len(classes)} classes"
+    print(f"written to {args.output_dir}: {', '.join(saves)}; {shown}", flush=True)
 
 
 # === The job and its command line ===============================================================
 def parse_args(argv=None):
-    """The options, and what follows from them: training (a `Training`), dataset_name and the part's paths."""
+    """The options, and what follows from them: training (a `Training`), dataset_name, runs_dir."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], usage=argparse.SUPPRESS)
-    parser.print_help = lambda: say(parser.format_help())
+    parser.print_help = lambda: print(parser.format_help(), flush=True)
     add = parser.add_argument
-    add("--dataset", default="mnist", help=f"{DATASETS} (default %(default)s)")
+    add("--dataset", default="mnist", help="FILE.npz, digits or a labeled set of tfds (default %(default)s)")
     add("--data-dir", help="where tfds keeps its data (default $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
     add("--output-dir", type=Path, default=".", help="created if missing (default %(default)s)")
-    tenths = [k / 10 for k in range(1, 10)]
-    add("--ratios", type=float, nargs="+", default=tenths, help="subset ratios (default 0.1 0.2 ... 0.9)")
+    add("--ratios", type=float, nargs="+", default=[k / 10 for k in range(1, 10)], help="default 0.1 ... 0.9")
     add("--runs", type=int, default=200, help="models at each ratio; may grow later (default %(default)s)")
-    for name, x in Training()._asdict().items():
-        what = "of products: float32 or bfloat16" if name == "precision" else "of SGD"
-        add("--" + name.replace("_", "-"), type=type(x), default=x, help=f"{what} (default %(default)s)")
+    for name, x in list(Training()._asdict().items())[:-1]:
+        add("--" + name.replace("_", "-"), type=type(x), default=x, help="of SGD (default %(default)s)")
+    add("--precision", choices=("float32", "bfloat16"), default="float32", help="of products")
     add("--parallel-runs", type=int, help="runs at once (default: as many as suit the devices)")
     add("--part", type=int, nargs=2, metavar=("I", "P"), default=[0, 1], help="only runs r with r mod P = I")
     args = parser.parse_args(argv)
@@ -507,14 +450,11 @@ def parse_args(argv=None):
         parser.error("--learning-rate must be above 0, and --momentum from 0 to below 1")
     if not all(0 < ratio < 1 for ratio in args.ratios) or len(set(args.ratios)) < len(args.ratios):
         parser.error("--ratios must be above 0 and below 1, each given once")
-    if args.precision not in ("float32", "bfloat16") or not 0 <= args.part[0] < args.part[1]:
-        parser.error("--precision must be float32 or bfloat16, and the I of --part I P from 0 to P - 1")
+    if not 0 <= args.part[0] < args.part[1]:
+        parser.error("the I of --part I P must be from 0 to P - 1")
     args.training = Training(*(vars(args)[name] for name in Training._fields))
     args.dataset_name = Path(args.dataset).stem.partition(":")[0]  # of DIR/FILE.npz or SET:VERSION
-    args.runs_of_part = range(args.part[0], args.runs, args.part[1])
-    part = "-part-{}-of-{}".format(*args.part) if args.part[1] > 1 else ""
-    args.checkpoint = args.output_dir / f"cscores-checkpoint{part}.npz"
-    args.lock, args.temporary = (args.output_dir / f"cscores{part}.{end}" for end in ("lock", "tmp"))
+    args.runs_dir = args.output_dir / "cscores-runs"
     return args
 
 
@@ -522,8 +462,7 @@ def start_jax():
     """Start JAX, with each CPU core as a device, and return the devices. Raises Problem if there are none.
     Of flags set for other programs, these would change the scores unseen: they get JAX's defaults."""
     if sys.version_info < (3, 11) or jax.__version_info__ < (0, 9):
-        found = f"not Python {sys.version.split()[0]} and JAX {jax.__version__}"
-        raise Problem(f"mnist.py needs Python 3.11 and JAX 0.9 or later, {found}: use newer ones")
+        raise Problem(f"needs Python 3.11, JAX 0.9 or later, not {sys.version.split()[0]}, {jax.__version__}")
     flags = dict(enable_x64=False, threefry_partitionable=True, default_prng_impl="threefry2x32")
     flags |= dict(random_seed_offset=0, numpy_dtype_promotion="standard", numpy_rank_promotion="allow")
     for flag, default in flags.items():
@@ -536,67 +475,44 @@ def start_jax():
         return jax.devices()
 
 
-def count_groups(trained, args, job, n_examples, n_missing):
-    """Have groups trained, one after the other; count each, and write this part's counts to its checkpoint.
-    Shows how far the part is: n_missing of its runs are to do."""
-    done, n_heldout, n_correct = load_counts(args, job, n_examples, args.checkpoint.name)
-    total = len(args.ratios) * len(args.runs_of_part)
-    warned = False
-    layout = "{percentage:3.0f}%|{bar:4}| {n_fmt} of {total_fmt} runs, {remaining} left{postfix}"
-    with tqdm(total=total, initial=total - n_missing, bar_format=layout, smoothing=0) as bar:
-        for k, runs, correctness in trained:
-            done[k, runs] = True
-            n_heldout[k] += (correctness >= 0).sum(axis=0)
-            n_correct[k] += (correctness == 1).sum(axis=0)
-            arrays = dict(runs=np.argwhere(done), n_heldout=n_heldout, n_correct=n_correct)
-            write(args.checkpoint, args.temporary, partial(np.savez, job=json.dumps(job), **arrays))
-            ratio, accuracy = args.ratios[k], correctness[correctness >= 0].mean()
-            bar.set_postfix_str(f"ratio {ratio:g}, held-out accuracy {accuracy:.4f}", refresh=False)
-            bar.update(len(runs))
-            if not warned and (correctness < 1).all(axis=1).any():
-                warned = True
-                what = f"warning: at ratio {ratio:g} a model was wrong on all that it held out"
-                bar.write(f"{what}: if it diverged, try a smaller --learning-rate", file=sys.stderr)
-
-
 def main(argv=None):
-    """Train those of a part's runs that are missing; write the results if then the job misses none.
-    Parts know of each other by their checkpoints only. The whole job is part 0 of 1."""
+    """Train and save the missing runs of a part, and write the results if then the job misses none.
+    Parts know of each other by the saved runs only. Without --part, a job does all that are missing."""
     args = parse_args(argv)
     with explained("matplotlib does not work", "pip install -r requirements.txt"):
         import matplotlib.image  # noqa: F401  (now, not after the last run)
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     tqdm.set_lock(threading.RLock())  # Python may report tqdm's own lock as leaked when a job fails
-    with lock(args.lock):
-        images, labels, original = load(args.dataset, args.data_dir)
-        sizes = subset_sizes(args.ratios, len(images), args.training.batch_size)
-        job = describe_job(args, images, labels, sizes)
-        known, _, _ = load_counts(args, job, len(images))
-        missing = [[run for run in args.runs_of_part if not of_ratio[run]] for of_ratio in known]
-        mesh, group_size = split_group(devices, max(map(len, missing)), args.parallel_runs)
-        drawn = ahead(draw_groups(missing, sizes, len(images), args.training, group_size, mesh))
-        trained = ahead(train_groups(drawn, sizes, images, labels, args.training, mesh))
-        count_groups(trained, args, job, len(images), sum(map(len, missing)))
-        done, n_heldout, n_correct = load_counts(args, job, len(images))
-        if done.all():
-            write_results(args, images, labels, original, n_heldout, n_correct)
-        else:
-            how = "the part that ends last writes the results; if none runs, start one without --part"
-            say(f"{(~done).sum()} of {done.size} runs are missing: {how}")
+    images, labels, original = load(args.dataset, args.data_dir)
+    images = np.asarray(jax.device_put(images))  # as JAX aligns it, so that all CPU devices can share it
+    sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
+    if min(sizes) == 0 or max(sizes) == len(images):
+        raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
+    job = describe_job(args, images, labels, sizes)
+    done, _, _ = read_runs(args, job, len(images))
+    first, step = args.part
+    missing = [[run for run in range(first, args.runs, step) if not done[k, run]] for k in range(len(sizes))]
+    mesh, group_size = split_group(devices, max(map(len, missing)), args.parallel_runs)
+    drawn = ahead(draw_groups(missing, sizes, len(images), args.training, group_size, mesh))
+    trained = ahead(train_groups(drawn, sizes, images, labels, args.training, mesh))
+    save_runs(trained, args, job, sum(map(len, missing)))
+    done, n_heldout, n_correct = read_runs(args, job, len(images))
+    if done.all():
+        write_results(args, images, labels, original, n_heldout, n_correct)
+    else:
+        print(f"{(~done).sum()} of {done.size} runs are missing: the part that ends last writes the results")
 
 
 if __name__ == "__main__":
-    # Python would put Ctrl-C off until the devices are done; the system's default ends a process at once, but
-    # not process 1, as in a container.
-    stop = signal.SIG_DFL if os.getpid() > 1 else lambda number, frame: os._exit(128 + number)
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Python would put Ctrl-C off until the devices are done
+        signal.signal(number, lambda number, frame: os._exit(128 + number))
     sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in (sys.stdout, sys.stderr))  # noqa: SIM115
-    os.environ.pop("MPLBACKEND", None)  # a notebook's, for `!python mnist.py`; the figure needs none
     try:
         main()
-    except (Problem, MemoryError, jax.errors.JaxRuntimeError) as error:
+    except BrokenPipeError:
+        os._exit(141)  # nobody reads on, as after `| head -1`; 141: as if SIGPIPE had ended it
+    except (Problem, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         line = " ".join(f"mnist.py: {error}".split())
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
             line += " (try fewer --parallel-runs)"
