@@ -5,7 +5,7 @@ over training-set sizes (Jiang, Zhang, Talwar, Mozer, ICML 2021, arXiv 2002.0320
 a random subset of the N examples; the subset's share of them is the subset ratio. The procedure:
 
     for k, ratio in enumerate(ratios):                          # 0.1 ... 0.9
-        for run in range(n_runs):                               # 0 ... 199; in fact, a group of runs at once
+        for run in range(n_runs):                               # 0 ... 199; in fact, many runs at once
             train, heldout = draw_batches(run, N, ratio * N)    # indices of the subset and of all others
             correctness = train_and_test(run, train, heldout)   # int8 [N]: 1 right, 0 wrong, -1 not held out
             n_heldout[k] += correctness >= 0
@@ -42,14 +42,14 @@ class Training(NamedTuple):  # settings of SGD with momentum; each is a command-
     batch_size: int = 128  # examples in a step
     learning_rate: float = 0.1
     momentum: float = 0.9
-    precision: str = "float32"  # of products by `inner`, as JAX is set (on a GPU, TF32); or "bfloat16"
+    precision: str = "float32"  # of factors in `inner`: float32 (JAX's default: TF32 on a GPU) or bfloat16
 
 
 def draw_batches(run, n_examples, n_subset, training):
     """Draw a run's subset, n_subset of the N examples, and cut it and the rest into batches of batch_size B.
     Returns indices, int32: train_batches [epochs, ceil(N / B), B], the subset in a new order for each epoch;
     heldout_batches [ceil(N / B), B], all other examples. Both are filled up with the index N, the filler."""
-    # As in the authors' code, a run's number is its seed at any ratio: nested subsets, equal initial weights.
+    # As in the authors' code, a run's number is its seed at every ratio, so that its subsets are nested.
     draws = np.random.RandomState(run)
     subset = draws.permutation(n_examples)[:n_subset]
     # Room for N examples in both, whatever the ratio: one shape, hence one compilation, for all ratios.
@@ -65,7 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    For a network of your own, replace `init` and `predict`; params may be any pytree of float arrays."""
+    For a network of your own, replace `init` and `predict`, no more; params: any pytree of float arrays."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -78,7 +78,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels], some of them mere filler.
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels], some of which may be filler.
     key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
@@ -102,7 +102,7 @@ def train(params, key, train_batches, n_train_batches, images, labels, training)
     def step(i, state):
         params, velocity = state
         batch = train_batches[i // n_train_batches, i % n_train_batches]
-        # JAX takes the last image for images[N]; the label -1 keeps that filler from counting.
+        # JAX clamps images[N] to the last image; the label -1 keeps that filler from counting.
         labels_of_batch = labels.at[batch].get(mode="fill", fill_value=-1)
         grads = jax.grad(loss)(params, images[batch], labels_of_batch, jax.random.fold_in(key, i))
         velocity = jax.tree.map(lambda v, g: training.momentum * v + g, velocity, grads)
@@ -118,8 +118,7 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
     run and n_subset are traced: all runs and ratios share one compilation. images, labels: as in `train`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    rounding = jax.default_matmul_precision("bfloat16") if training.precision == "bfloat16" else nullcontext()
-    with rounding:
+    with jax.default_matmul_precision("bfloat16") if training.precision == "bfloat16" else nullcontext():
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(~run)  # other seeds than those of `init`: -1, -2, ...
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
@@ -144,9 +143,9 @@ def cscores(n_heldout, n_correct):
 
 
 def inner(x, weights):
-    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds both factors of each
-    product, in the backward pass too, where JAX by itself would leave the incoming gradient float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":
+    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. Precision bfloat16 rounds the factors,
+    also those of the backward pass, where JAX by itself would leave the incoming gradient float32."""
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # as `train_and_test` sets it
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -157,7 +156,7 @@ def inner(x, weights):
     def backward(rounded, gradient):
         x, weights = rounded
         gradient = gradient.astype(jnp.bfloat16)
-        # gradient.T, but gathered: XLA on a CPU would widen a transposed factor to float32, which is slow.
+        # gradient.T, made by indexing: XLA on a CPU would widen what .T gives to float32, which is slow.
         transposed = gradient.ravel()[jnp.arange(gradient.size).reshape(gradient.shape).T]
         return jnp.matmul(gradient, weights, **to_float32), jnp.matmul(transposed, x, **to_float32)
 
@@ -167,23 +166,23 @@ def inner(x, weights):
 
 
 # === Many runs, on all devices ==================================================================
-def split_group(devices, n_runs, parallel_runs=None):
-    """The devices to use, as a mesh "runs", and the size of a group of runs that train together:
-    parallel_runs, or what suits the devices; at most n_runs; rounded up to fill the devices."""
-    # On a CPU, two runs per core are no faster; on a GPU, 100 are a guess, not measured yet.
+def plan_groups(devices, most_missing, parallel_runs=None):
+    """The devices to use (on a CPU, its cores), as a mesh "runs", and the size of a group of runs that train
+    together: parallel_runs, or what suits; at most most_missing; rounded up to fill the devices."""
+    # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
-    n_at_once = max(1, min(parallel_runs or suitable, n_runs))  # n_runs is 0 if none is missing
+    n_at_once = max(1, min(parallel_runs or suitable, most_missing))
     mesh = jax.sharding.Mesh(devices[:n_at_once], "runs")
     return mesh, math.ceil(n_at_once / mesh.size) * mesh.size
 
 
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
-    """Draw the batches of groups. missing[k]: the runs to do at ratio k; sizes[k]: the size of their subsets.
+    """Draw the batches of groups. missing[k]: list of the runs to do at ratio k; sizes[k]: of their subsets.
     Yields (k, runs, arrays), the arrays being runs, train_batches and heldout_batches, each [group_size, ...]
     and split over the mesh. A short group is filled up with copies of its last run."""
     with ThreadPoolExecutor() as drawers:
         for first in range(0, max(map(len, missing)), group_size):
-            for k, n_subset in enumerate(sizes):  # all ratios in turn, so that the time left can be told
+            for k, n_subset in enumerate(sizes):  # in turn, as runs at a high ratio take longer
                 if runs := missing[k][first : first + group_size]:
                     filled = runs + runs[-1:] * (group_size - len(runs))
                     draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
@@ -199,7 +198,7 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     by_run, to_all = jax.P("runs"), jax.P()
     data = jax.device_put((images, labels.astype(np.int32)), jax.NamedSharding(mesh, to_all))
 
-    def train_on_device(arrays, n_subset, data):  # the device's own runs of a group
+    def train_on_device(arrays, n_subset, data):  # arrays: the run numbers and batches of its own runs
         one_run = partial(train_and_test, n_subset=n_subset, images=data[0], labels=data[1])
         return jax.vmap(partial(one_run, n_classes=len(classes), training=training))(*arrays)
 
@@ -234,7 +233,7 @@ def explained(what, advice="use another --output-dir"):
         raise Problem(f"{what} ({str(error)[:500] or repr(error)}): {advice}") from error
 
 
-@np.errstate(invalid="ignore")  # a NaN has no integer, which the checks see
+@np.errstate(invalid="ignore")  # no warnings as the checks cast what has no integer, such as a NaN label
 def load(dataset, data_dir=None):
     """Load the training examples of an .npz file, of scikit-learn's `digits` or of a tfds data set.
     Returns images uint8 [N, height, width, channels]; labels, integers [N]; and original int64 [N], the index
@@ -288,32 +287,31 @@ def check_images(images):
     """The images as uint8 [N, height, width, channels]. Raises Problem if that would change a picture."""
     found = f"not {images.dtype} {images.shape}"
     if images.dtype.kind not in "biuf" or images.size == 0 or not np.isfinite(images).all():
-        raise Problem(f"images must be numbers, every pixel of them, {found}")
+        raise Problem(f"images must be finite numbers, {found}")
     if images.ndim not in (3, 4):
         raise Problem(f"images must be single pictures, {found}: try images.reshape(N, height, width)")
     if images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]:
         raise Problem(f"images must have their channels last, {found}: try images.transpose(0, 2, 3, 1)")
     pixels, low, high = images.astype(np.uint8, copy=False), float(images.min()), float(images.max())
-    if images.dtype != np.uint8 and (high <= 1 or (pixels != images).any()):  # up to 1: scaled, it seems
+    if images.dtype != np.uint8 and (high <= 1 or (pixels != images).any()):  # high <= 1: scaled
         advice = f"np.uint8(np.round(np.interp(images, [{min(low, 0)}, {max(high, 1)}], [0, 255])))"
-        if images.dtype == np.int8:
-            advice = f"images.view(np.uint8) if these are bytes, or {advice}"
+        advice = f"images.view(np.uint8), if bytes, or {advice}" if images.dtype == np.int8 else advice
         raise Problem(f"images must be whole, 0 to 255, {found} from {low:g} to {high:g}: try {advice}")
     if high < 128:
-        print(f"warning: no pixel is above {high:g}: if white, multiply by 255 / {high:g}", file=sys.stderr)
+        print(f"warning: no pixel is above {high:g}: scale them so that white is 255", file=sys.stderr)
     return pixels.reshape(*images.shape[:3], -1)  # gray images get their one channel
 
 
 def check_labels(labels, n_examples):
     """The labels as integers [N]. Raises Problem if they are not whole numbers of several classes."""
     need = f"labels must be {n_examples} whole numbers, not {labels.dtype} {labels.shape}"
-    if labels.shape in ((n_examples, 1), (1, n_examples)):  # as MATLAB has them
-        labels = labels.ravel()
+    labels = labels.ravel() if labels.shape in ((n_examples, 1), (1, n_examples)) else labels  # MATLAB
+    rows = ": try labels.argmax(axis=1) if each row has one 1" if labels.shape[:1] == (n_examples,) else ""
     if labels.shape != (n_examples,):
-        raise Problem(f"{need}: one an image; if each row has a single 1, try labels.argmax(axis=1)")
+        raise Problem(need + rows)
     whole = labels.astype(np.int64) if labels.dtype.kind in "bf" else labels
     if whole.dtype.kind not in "iu" or (whole != labels).any():
-        raise Problem(f"{need}: try np.unique(labels, return_inverse=True)[1], without what has no label")
+        raise Problem(f"{need}: try np.unique(labels, return_inverse=True)[1], without unlabeled examples")
     if (whole == whole[0]).all():
         raise Problem(f"labels must be of several classes, not all {whole[0]}: every score would be 1")
     return whole
@@ -321,12 +319,12 @@ def check_labels(labels, n_examples):
 
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
-    """What the counts depend on, as a dict: the settings, and hashes of the data and of the algorithm, that
-    is of one run's batches and of JAX's program for any run, as lowered for a CPU, whatever the devices."""
+    """What the counts depend on, as a dict: the settings; a hash of the data; a hash of the algorithm, which
+    is one run's batches and JAX's program for any run, lowered for a CPU even where a GPU will train."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
-    traced = one_run.trace(np.int32(0), *batches, np.int32(0), images, labels.astype(np.int32))
-    program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()  # it has the shape of the data
+    traced = one_run.trace(np.int32(0), *batches, np.int32(0), images, labels.astype(np.int32))  # types only
+    program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()  # names the data's shape
     algorithm = hashlib.sha256(b"".join([program, *batches])).hexdigest()[:16]
     content = hashlib.sha256(images)
     content.update(labels.astype("<i8"))
@@ -347,10 +345,10 @@ def read_runs(args, job, n_examples):
             old = json.loads(str(file["job"]))
             differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
             if differ:
-                raise ValueError(f"made with {'; '.join(differ)}; another JAX, too, changes the algorithm")
+                raise ValueError(f"made with {'; '.join(differ)}; algorithm: the code, or JAX's version")
             k, run = map(int, path.stem.split("-"))
             if run >= args.runs:
-                raise ValueError(f"it is run {run}, counted from 0: give --runs that many")
+                raise ValueError(f"it is beyond --runs: give --runs {run + 1} or more")
             correctness = file["correctness"]
             done[k, run] = True
             n_heldout[k] += correctness >= 0
@@ -360,15 +358,16 @@ def read_runs(args, job, n_examples):
 
 def save_runs(trained, args, job, n_missing):
     """Save runs, each in a file of its own, as groups of them are trained; show how many of n_missing are."""
-    n_failed = 0
-    with tqdm(total=n_missing, unit=" runs", smoothing=0, disable=not n_missing) as bar:
+    save, n_failed = partial(np.savez_compressed, job=json.dumps(job)), 0
+    with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
             for run, of_run in zip(runs, correctness):
-                save = partial(np.savez_compressed, job=json.dumps(job), correctness=of_run)
-                write(args.runs_dir / f"{k}-{run}.npz", save)
-            accuracy = correctness[correctness >= 0].mean()
+                path = args.runs_dir / f"{k}-{run}.npz"
+                if not path.exists():  # another process may have done it meanwhile, even with other settings
+                    write(path, partial(save, correctness=of_run))
             n_failed += (correctness < 1).all(axis=1).sum()  # models wrong on all that they held out
-            bar.set_postfix(ratio=args.ratios[k], accuracy=f"{accuracy:.4f}", failed=n_failed, refresh=False)
+            accuracy = correctness[correctness >= 0].mean()
+            bar.set_postfix(ratio=args.ratios[k], accuracy=accuracy, failed=n_failed, refresh=False)
             bar.update(len(runs))
 
 
@@ -381,7 +380,7 @@ def write(path, save):
             try:
                 os.fsync(file.fileno())
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # those: no fsync here
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # these mean: no fsync here
                     raise
         Path(new, path.name).replace(path)
 
@@ -390,6 +389,8 @@ def write(path, save):
 def draw_figure(images, labels, scores, classes, columns=10):
     """A row for each of the classes: its highest-scored examples, left; its lowest, lowest first, right.
     images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown."""
+    stride = math.ceil(max(images.shape[1:3]) / 100)
+    images = images[:, ::stride, ::stride]  # larger ones would fill the memory
     height, width, channels = images.shape[1:]
     shown = [0, 1, 2] if channels in (3, 4) else [(channels - 1) // 2] * 3  # else the middle channel, as gray
     cells = np.full((len(classes), 2 * columns + 1, height + 2, width + 2, 3), 255, np.uint8)
@@ -402,10 +403,8 @@ def draw_figure(images, labels, scores, classes, columns=10):
     return cells.transpose(0, 2, 1, 3, 4).reshape(len(classes) * (height + 2), -1, 3)
 
 
-def write_results(args, images, labels, original, n_heldout, n_correct):
+def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
     """Write the scores, in the order of images; all results, in the original order if known; the figure."""
-    from matplotlib.image import imsave
-
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
     order = "tfds" if original is None else "orig"
@@ -431,16 +430,16 @@ def write_results(args, images, labels, original, n_heldout, n_correct):
 def parse_args(argv=None):
     """The options, and what follows from them: training (a `Training`), dataset_name, runs_dir."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], usage=argparse.SUPPRESS)
-    parser.print_help = lambda: print(parser.format_help(), flush=True)
+    parser.print_help = lambda: print(parser.format_help(), flush=True)  # argparse's hides a closed pipe
     add = parser.add_argument
     add("--dataset", default="mnist", help="FILE.npz, digits or a labeled set of tfds (default %(default)s)")
     add("--data-dir", help="where tfds keeps its data (default $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
     add("--output-dir", type=Path, default=".", help="created if missing (default %(default)s)")
     add("--ratios", type=float, nargs="+", default=[k / 10 for k in range(1, 10)], help="default 0.1 ... 0.9")
     add("--runs", type=int, default=200, help="models at each ratio; may grow later (default %(default)s)")
-    for name, x in list(Training()._asdict().items())[:-1]:
-        add("--" + name.replace("_", "-"), type=type(x), default=x, help="of SGD (default %(default)s)")
-    add("--precision", choices=("float32", "bfloat16"), default="float32", help="of products")
+    for name, x in Training()._asdict().items():
+        how = dict(choices=("float32", "bfloat16")) if name == "precision" else dict(type=type(x))
+        add("--" + name.replace("_", "-"), default=x, help="of training (default %(default)s)", **how)
     add("--parallel-runs", type=int, help="runs at once (default: as many as suit the devices)")
     add("--part", type=int, nargs=2, metavar=("I", "P"), default=[0, 1], help="only runs r with r mod P = I")
     args = parser.parse_args(argv)
@@ -460,7 +459,7 @@ def parse_args(argv=None):
 
 def start_jax():
     """Start JAX, with each CPU core as a device, and return the devices. Raises Problem if there are none.
-    Of flags set for other programs, these would change the scores unseen: they get JAX's defaults."""
+    JAX flags that would change the scores unseen, as from environment variables, get their defaults."""
     if sys.version_info < (3, 11) or jax.__version_info__ < (0, 9):
         raise Problem(f"needs Python 3.11, JAX 0.9 or later, not {sys.version.split()[0]}, {jax.__version__}")
     flags = dict(enable_x64=False, threefry_partitionable=True, default_prng_impl="threefry2x32")
@@ -476,16 +475,15 @@ def start_jax():
 
 
 def main(argv=None):
-    """Train and save the missing runs of a part, and write the results if then the job misses none.
-    Parts know of each other by the saved runs only. Without --part, a job does all that are missing."""
+    """Train and save the missing runs of a part; then, if no part's runs are missing, write the results."""
     args = parse_args(argv)
     with explained("matplotlib does not work", "pip install -r requirements.txt"):
-        import matplotlib.image  # noqa: F401  (now, not after the last run)
+        from matplotlib.image import imsave  # now, not after the last run
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     tqdm.set_lock(threading.RLock())  # Python may report tqdm's own lock as leaked when a job fails
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # as JAX aligns it, so that all CPU devices can share it
+    images = np.asarray(jax.device_put(images))  # aligned for JAX, whose CPU devices then share it
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
@@ -493,21 +491,23 @@ def main(argv=None):
     done, _, _ = read_runs(args, job, len(images))
     first, step = args.part
     missing = [[run for run in range(first, args.runs, step) if not done[k, run]] for k in range(len(sizes))]
-    mesh, group_size = split_group(devices, max(map(len, missing)), args.parallel_runs)
+    mesh, group_size = plan_groups(devices, max(map(len, missing)), args.parallel_runs)
     drawn = ahead(draw_groups(missing, sizes, len(images), args.training, group_size, mesh))
     trained = ahead(train_groups(drawn, sizes, images, labels, args.training, mesh))
     save_runs(trained, args, job, sum(map(len, missing)))
     done, n_heldout, n_correct = read_runs(args, job, len(images))
     if done.all():
-        write_results(args, images, labels, original, n_heldout, n_correct)
+        write_results(args, images, labels, original, n_heldout, n_correct, imsave)
     else:
-        print(f"{(~done).sum()} of {done.size} runs are missing: the part that ends last writes the results")
+        print(f"{(~done).sum()} of {done.size} runs are missing: do all parts, or omit --part", flush=True)
 
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # Python would put Ctrl-C off until the devices are done
         signal.signal(number, lambda number, frame: os._exit(128 + number))
-    sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in (sys.stdout, sys.stderr))  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if it is closed)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, for `!python mnist.py`; the figure needs none
     try:
         main()
     except BrokenPipeError:

@@ -93,7 +93,7 @@ def main():
     parser.add_argument("--full", action="store_true", help="also train 200 runs at each of 9 ratios")
     args = parser.parse_args()
 
-    mesh, group_size = mnist.split_group(mnist.start_jax(), SETTINGS.runs, args.runs)
+    mesh, group_size = mnist.plan_groups(mnist.start_jax(), SETTINGS.runs, args.runs)
     devices = mesh.devices
     on_cpu = devices[0].platform == "cpu"
     images, labels, _ = mnist.load(args.dataset)

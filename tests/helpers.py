@@ -1,6 +1,7 @@
 """What the tests share: the script as a process, alone and several at a time, and runs on the digits."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,10 +60,9 @@ def messages(err):
     return [line for line in err.splitlines() if line and "%|" not in line and not line.startswith("JAX ")]
 
 
-def start_parts(n, *args, folder, devices=(1, 2, 3)):
-    """Start a job's n parts at once, in one folder."""
-    args = [*args, "--output-dir", folder, "--part"]
-    return [start_script(*args, i, n, devices=devices[i]) for i in range(n)]
+def start_part(i, n, *args, folder, devices):
+    """Start a part of a job in a folder."""
+    return start_script(*args, "--output-dir", folder, "--part", i, n, devices=devices)
 
 
 @contextmanager
@@ -77,6 +77,7 @@ def paused(process):
 
 def wait_for_all(processes, timeout=120):
     """Wait for the end of the processes: (exit status, stdout, stderr) of each."""
+    processes = list(processes)
     outputs = [process.communicate(timeout=timeout) for process in processes]
     return [(process.returncode, *output) for process, output in zip(processes, outputs)]
 
@@ -112,49 +113,63 @@ def load_script(path):
 
 
 # --- What a job leaves ---
-def same_results(one, other, names=(*RESULTS, "cscores-checkpoint.npz")):
+def runs_dir(folder):
+    return folder / "cscores-runs"
+
+
+def run_file(folder, k, run):
+    return runs_dir(folder) / f"{k}-{run}.npz"
+
+
+def runs_in(folder):
+    """The runs that a folder holds, [[ratio's index, run], ...]."""
+    paths = runs_dir(folder).glob("*.npz")  # nothing if there is no such folder
+    return sorted([int(part) for part in path.stem.split("-")] for path in paths)
+
+
+def n_done(folder):
+    return len(runs_in(folder))
+
+
+def correctness_of_runs(folder, n_ratios=2):
+    """The saved correctness of the runs 0, 1, ... at each ratio, int8 [K, runs, N]."""
+    runs = runs_in(folder)
+    of_ratios = [
+        [np.load(run_file(folder, k, run))["correctness"] for k, run in runs if k == i]
+        for i in range(n_ratios)
+    ]
+    return np.array(of_ratios)
+
+
+def copy_runs(one, other):
+    """What makes a job in another folder go on from this one."""
+    shutil.copytree(runs_dir(one), runs_dir(other))
+
+
+def same_results(one, other, names=RESULTS):
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
+def same_runs(one, other):
+    return contents(runs_dir(one)) == contents(runs_dir(other))
+
+
 def files(folder):
-    """What a job has left in its folder, apart from the locks."""
-    return sorted(file.name for file in folder.iterdir() if file.suffix != ".lock")
+    """The files that a job has left in its folder, apart from the runs."""
+    return sorted(file.name for file in folder.iterdir() if file.name != "cscores-runs")
 
 
 def contents(folder):
     """The bytes of all that a job has left in its folder."""
-    return {name: (folder / name).read_bytes() for name in files(folder)}
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-def runs_in(checkpoint):
-    """The runs that a checkpoint holds, [[ratio's index, run], ...]."""
-    with np.load(checkpoint) as file:
-        return file["runs"].tolist()
-
-
-def n_done(checkpoint, ratios=(0.3, 0.8)):
-    """How many runs on the digits a checkpoint holds."""
-    if not checkpoint.exists():
-        return 0
-    with np.load(checkpoint) as file:
-        counted = [n.sum() / (1797 - round(1797 * ratio)) for n, ratio in zip(file["n_heldout"], ratios)]
-        assert counted == np.bincount(file["runs"][:, 0], minlength=len(ratios)).tolist()
-        return sum(counted)
-
-
-def wait_for_a_group(process, checkpoint):
-    """Wait until the process has written the counts of its first group of runs."""
-    while n_done(checkpoint) < 1:
+def wait_for_a_group(process, folder):
+    """Wait until the process has saved its first run."""
+    while n_done(folder) < 1:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
-
-
-def is_locked(lock):
-    """Whether a process other than this one finds that somebody holds a lock."""
-    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-    done = subprocess.run([sys.executable, "-c", code, lock], capture_output=True, text=True)
-    assert done.returncode == 0 or "BlockingIOError" in done.stderr, done.stderr
-    return done.returncode != 0
 
 
 def count_heldout(n_examples, ratio, n_runs):
@@ -173,7 +188,7 @@ def train_digits(runs, ratio, devices=1, labels=None, parallel_runs=None, **sett
     labels = digits if labels is None else labels
     training, sizes = mnist.Training(**settings), [round(len(images) * ratio)]
     of_group = parallel_runs or len(runs)
-    mesh, group_size = mnist.split_group(mnist.start_jax()[:devices], len(runs), of_group)
+    mesh, group_size = mnist.plan_groups(mnist.start_jax()[:devices], len(runs), of_group)
     assert group_size == of_group and mesh.size == min(devices, of_group)
     drawn = mnist.draw_groups([[*runs]], sizes, len(images), training, group_size, mesh)
     trained = [*mnist.train_groups(drawn, sizes, images, labels, training, mesh)]

@@ -108,7 +108,7 @@ def test_all_ratios_share_one_compilation(digits, monkeypatch, precision):
     sizes, training = [180, 900, 1600], mnist.Training(epochs=1, precision=precision)
 
     def train(n_runs, group_size):
-        mesh, _ = mnist.split_group(jax.devices()[:2], n_runs)
+        mesh, _ = mnist.plan_groups(jax.devices()[:2], n_runs)
         missing = [[*range(n_runs)]] * 3
         drawn = mnist.draw_groups(missing, sizes, len(digits[0]), training, group_size, mesh)
         return [*mnist.train_groups(drawn, sizes, *digits, training, mesh)]
@@ -132,7 +132,7 @@ def test_all_ratios_share_one_compilation(digits, monkeypatch, precision):
 
 def test_groups_of_all_ratios_come_in_turn_without_the_runs_that_are_done():
     missing, sizes = [[0, 1, 2, 3, 4], [3], [], [9, 2, 7]], [40, 10, 20, 30]
-    training, (mesh, group_size) = mnist.Training(epochs=2, batch_size=8), mnist.split_group(jax.devices(), 2)
+    training, (mesh, group_size) = mnist.Training(epochs=2, batch_size=8), mnist.plan_groups(jax.devices(), 2)
     assert mesh.size == group_size == 2
     groups = [*mnist.draw_groups(missing, sizes, 50, training, group_size, mesh)]
     assert [(k, runs) for k, runs, _ in groups] == [
@@ -158,7 +158,7 @@ def test_groups_of_all_ratios_come_in_turn_without_the_runs_that_are_done():
 def test_devices_share_the_images(tmp_path):
     """Each core is a device: with a copy for each, large data would not fit into the memory."""
     np.savez(tmp_path / "a.npz", images=np.zeros((1000, 28, 28), np.uint8), labels=np.arange(1000) % 10)
-    mesh, _ = mnist.split_group(jax.devices(), 4)
+    mesh, _ = mnist.plan_groups(jax.devices(), 4)
 
     def addresses(images):
         shards = jax.device_put(images, jax.NamedSharding(mesh, jax.P())).addressable_shards
@@ -189,7 +189,7 @@ def test_drawing_training_and_counting_overlap(monkeypatch):
 
     monkeypatch.setattr(jax, "jit", slow_jit)
     monkeypatch.setattr(mnist, "draw_batches", slow_draws)
-    training, (mesh, group_size) = mnist.Training(epochs=1, batch_size=8), mnist.split_group(jax.devices(), 1)
+    training, (mesh, group_size) = mnist.Training(epochs=1, batch_size=8), mnist.plan_groups(jax.devices(), 1)
     images, labels = np.zeros((8, 2, 2, 1), np.uint8), np.arange(8)
     begin = time.perf_counter()
     drawn = mnist.ahead(mnist.draw_groups([[*range(8)]], [4], 8, training, group_size, mesh))
@@ -423,7 +423,7 @@ def test_all_products_in_bfloat16_reach_the_fast_unit(monkeypatch, runs_of_a_dev
     monkeypatch.setattr(jax, "jit", recording_jit)
     images, labels = np.zeros((300, 28, 28, 1), np.uint8), np.arange(300) % 10
     training = mnist.Training(epochs=1, precision="bfloat16")
-    mesh, group_size = mnist.split_group(jax.devices()[:1], runs_of_a_device, runs_of_a_device)
+    mesh, group_size = mnist.plan_groups(jax.devices()[:1], runs_of_a_device, runs_of_a_device)
     drawn = mnist.draw_groups([[*range(group_size)]], [150], 300, training, group_size, mesh)
     ((_, _, correctness),) = mnist.train_groups(drawn, [150], images, labels, training, mesh)
     assert len(correctness) == runs_of_a_device

@@ -1,11 +1,10 @@
-"""Parts of a job, `python mnist.py --part I P`, which know of each other by their checkpoints only."""
+"""Parts of a job, `python mnist.py --part I P`, which know of each other by the saved runs only."""
 
 import builtins
 import errno
 import os
 import shutil
 
-import numpy as np
 import pytest
 from helpers import (
     DIGITS,
@@ -18,10 +17,13 @@ from helpers import (
     files,
     n_done,
     paused,
+    run_file,
     run_here,
+    runs_dir,
     runs_in,
     same_results,
-    start_parts,
+    same_runs,
+    start_part,
     start_script,
     wait_for_a_group,
     wait_for_all,
@@ -31,10 +33,6 @@ import mnist
 
 SEVEN = [*SMALL, "--runs", 7]  # of three parts, one has three runs and two have two
 TOGETHER = [*SMALL[:-2], "--runs", 15]  # as many runs at once as each part has devices
-
-
-def checkpoint(folder, i, n):
-    return folder / f"cscores-checkpoint-part-{i}-of-{n}.npz"
 
 
 def runs_of_both_ratios(*runs):
@@ -62,68 +60,80 @@ def parts(tmp_path_factory):
 def first_part(parts, tmp_path):
     """A folder in which only the first of three parts has been done."""
     folder = tmp_path / "first-part"
-    folder.mkdir()
-    shutil.copy(checkpoint(parts, 0, 3), folder)
+    runs_dir(folder).mkdir(parents=True)
+    for k in 0, 1:
+        for run in 0, 3, 6:
+            shutil.copy(run_file(parts, k, run), runs_dir(folder))
     return folder
 
 
 # --- The results are those of a whole job ---
 def test_parts_give_the_results_of_a_whole_job(parts, whole):
-    assert same_results(parts, whole, RESULTS)
-    assert [runs_in(checkpoint(parts, i, 3)) for i in range(3)] == [
-        runs_of_both_ratios(0, 3, 6),
-        runs_of_both_ratios(1, 4),
-        runs_of_both_ratios(2, 5),
-    ]
-    of_parts = [f"cscores-checkpoint-part-{i}-of-3.npz" for i in range(3)]
-    assert files(parts) == sorted([*of_parts, *RESULTS, "digits-examples.pdf"])
+    assert same_results(parts, whole) and same_runs(parts, whole)
+    assert files(parts) == files(whole) == sorted([*RESULTS, "digits-examples.pdf"])
+    assert runs_in(parts) == runs_of_both_ratios(*range(7))
+
+
+@pytest.mark.parametrize("i, runs", [(0, (0, 3, 6)), (1, (1, 4)), (2, (2, 5))])
+def test_a_part_does_its_runs(parts, tmp_path, i, runs):
+    run_here(*SEVEN, "--output-dir", tmp_path, "--part", i, 3)
+    assert runs_in(tmp_path) == runs_of_both_ratios(*runs) and files(tmp_path) == []
+    assert all(
+        run_file(tmp_path, k, run).read_bytes() == run_file(parts, k, run).read_bytes()
+        for k, run in runs_in(tmp_path)
+    )
 
 
 def test_parts_at_once_on_other_devices_one_of_them_killed_and_started_again(tmp_path):
     one, out = tmp_path / "one", tmp_path / "out"
-    processes = start_parts(3, *TOGETHER, folder=out, devices=(2, 1, 3))
-    victim = processes.pop(1)
-    wait_for_a_group(victim, checkpoint(out, 1, 3))
+    of_victim = runs_of_both_ratios(*range(1, 15, 3))
+    victim = start_part(1, 3, *TOGETHER, folder=out, devices=1)
+    wait_for_a_group(victim, out)
     with paused(victim):
-        others = wait_for_all(processes)
-        done = n_done(checkpoint(out, 1, 3))
+        done = n_done(out)
+        others = wait_for_all(start_part(i, 3, *TOGETHER, folder=out, devices=2 + i // 2) for i in (0, 2))
         victim.kill()
     victim.communicate()
     assert 0 < done < 10, "it was stopped in the middle"
 
     assert [status for status, _, _ in others] == [0, 0], others
     printed = "".join(printed for _, printed, _ in others)
-    missing = f"{10 - done:.0f} of 30 runs are missing", "10 of 30 runs are missing"  # they may end before it
-    assert any(each in printed for each in missing)
+    missing = f"{10 - done} of 30 runs are missing"
+    assert missing in printed
     assert all("Traceback" not in err and "100%" in err for _, _, err in others)
-    assert not set(files(out)) & {*RESULTS}
+    assert not set(files(out)) & {*RESULTS} and len(runs_in(out)) == 20 + done
 
     run_here(*TOGETHER, "--output-dir", out, "--part", 1, 3)
     run_here(*TOGETHER, "--output-dir", one)
-    assert same_results(out, one, RESULTS)
-    assert runs_in(checkpoint(out, 1, 3)) == runs_of_both_ratios(*range(1, 15, 3))
+    assert same_results(out, one) and same_runs(out, one)
+    assert all(run in runs_in(out) for run in of_victim)
 
 
 def test_a_whole_job_does_what_parts_have_left(whole, tmp_path):
     run_here(*SEVEN, "--output-dir", tmp_path, "--part", 3, 5)
+    assert runs_in(tmp_path) == runs_of_both_ratios(3)
+    before = run_file(tmp_path, 0, 3).stat().st_mtime_ns
     run_here(*SEVEN, "--output-dir", tmp_path)
-    assert same_results(tmp_path, whole, RESULTS)
-    assert runs_in(checkpoint(tmp_path, 3, 5)) == runs_of_both_ratios(3)
-    assert runs_in(tmp_path / "cscores-checkpoint.npz") == runs_of_both_ratios(0, 1, 2, 4, 5, 6)
+    assert same_results(tmp_path, whole) and same_runs(tmp_path, whole)
+    assert run_file(tmp_path, 0, 3).stat().st_mtime_ns == before, "it was there"
 
 
 def test_other_parts_do_what_parts_have_left(first_part, whole):
+    before = run_file(first_part, 0, 3).stat().st_mtime_ns
     for i in range(5):
         assert not set(files(first_part)) & {*RESULTS}
         run_here(*SEVEN, "--output-dir", first_part, "--part", i, 5)
-    assert same_results(first_part, whole, RESULTS)
-    assert [runs_in(checkpoint(first_part, i, 5)) for i in (1, 2, 4)] == [
-        runs_of_both_ratios(1),
-        runs_of_both_ratios(2),
-        runs_of_both_ratios(4),
-    ]
-    assert runs_in(checkpoint(first_part, 0, 5)) == runs_of_both_ratios(5)
-    assert not checkpoint(first_part, 3, 5).exists(), "run 3 was there"
+    assert same_results(first_part, whole) and same_runs(first_part, whole)
+    assert run_file(first_part, 0, 3).stat().st_mtime_ns == before, "it was there"
+
+
+def test_runs_of_several_folders_make_one_job(whole, tmp_path):
+    """As of two machines without a common disk."""
+    for i in 0, 1:
+        run_here(*SEVEN, "--output-dir", tmp_path / str(i), "--part", i, 2)
+    shutil.copytree(runs_dir(tmp_path / "1"), runs_dir(tmp_path / "0"), dirs_exist_ok=True)
+    run_here(*SEVEN, "--output-dir", tmp_path / "0")
+    assert same_results(tmp_path / "0", whole) and same_runs(tmp_path / "0", whole)
 
 
 def test_a_job_that_grows(whole, tmp_path):
@@ -135,34 +145,31 @@ def test_a_job_that_grows(whole, tmp_path):
 
 
 def test_a_part_that_was_stopped_between_two_ratios(first_part):
-    path = checkpoint(first_part, 0, 3)
-    with np.load(path) as file:
-        before, counts = path.read_bytes(), dict(file)
-    counts["runs"] = counts["runs"][counts["runs"][:, 0] == 1]
-    counts["n_heldout"][0] = counts["n_correct"][0] = 0
-    np.savez(path, **counts)
+    before = contents(first_part)
+    for run in 0, 3, 6:
+        run_file(first_part, 0, run).unlink()
     run_here(*SEVEN, "--output-dir", first_part, "--part", 0, 3)
-    assert path.read_bytes() == before
+    assert contents(first_part) == before
 
 
 def test_any_part_that_starts_again_writes_the_results_again(parts, whole, tmp_path, capsys):
     out = shutil.copytree(parts, tmp_path / "out")
-    of_parts = [checkpoint(out, i, 3) for i in range(3)]
-    before = [path.stat().st_mtime_ns for path in of_parts]
+    before = [path.stat().st_mtime_ns for path in sorted(runs_dir(out).iterdir())]
     for i, n in ((1, 3), (8, 9)):
         for name in *RESULTS, "digits-examples.pdf":
             (out / name).unlink()
         run_here(*SEVEN, "--output-dir", out, "--part", i, n)
         assert "mean C-score" in capsys.readouterr().out
-        assert files(out) == files(parts) and same_results(out, whole, RESULTS)
-        assert [path.stat().st_mtime_ns for path in of_parts] == before, "nothing was left to train"
+        assert files(out) == files(parts) and same_results(out, whole)
+        after = [path.stat().st_mtime_ns for path in sorted(runs_dir(out).iterdir())]
+        assert after == before, "nothing was left to train"
 
 
 def test_a_part_says_what_is_missing(tmp_path, capsys):
     run_here(*SEVEN, "--output-dir", tmp_path, "--part", 2, 3)
     printed, err = capsys.readouterr()
     assert printed.startswith("10 of 14 runs are missing: ") and printed.count("\n") == 1
-    assert "4 of 4 runs" in err and files(tmp_path) == [checkpoint(tmp_path, 2, 3).name]
+    assert "4/4" in err and files(tmp_path) == []
 
 
 def test_a_part_without_runs(tmp_path, capsys):
@@ -203,7 +210,7 @@ def test_a_group_on_gpus_has_the_size_of_the_parts_runs():
         (8, 3, None, 3),
         (4, 25, 8, 8),
     ):
-        mesh, found = mnist.split_group([Gpu() for _ in range(n_devices)], n_runs, parallel_runs)
+        mesh, found = mnist.plan_groups([Gpu() for _ in range(n_devices)], n_runs, parallel_runs)
         assert (mesh.size, found) == (min(n_devices, n_runs), group_size)
 
 
@@ -221,26 +228,27 @@ def meet(where):
         time.sleep(0.01)
         assert time.monotonic() - begin < 60, f"{me} waits at {where}"
 
-def count_groups(*args):
-    count(*args)
-    meet("all runs are counted")
+def save_runs(*args):
+    save(*args)
+    meet("all runs are saved")
 
 def replace(old, new, **kwargs):
-    if "checkpoint" not in str(new):
+    if Path(new).name in RESULTS:
         meet(f"before {Path(new).name}")
     rename(old, new, **kwargs)
-    if "checkpoint" not in str(new):
+    if Path(new).name in RESULTS:
         meet(f"after {Path(new).name}")
 
 begin = time.monotonic()
-count, mnist.count_groups = mnist.count_groups, count_groups
+RESULTS = "cscores.npy", "cscores-orig-order.npz", "digits-examples.pdf"
+save, mnist.save_runs = mnist.save_runs, save_runs
 rename, os.replace = os.replace, replace
 mnist.main(sys.argv[1:])
 """
 
 
 def test_parts_that_end_together_write_the_same_results(whole, tmp_path):
-    """Each reads the last checkpoint of the other, and they write each file at the same time."""
+    """Each reads the last runs of the other, and they write each file at the same time."""
     script, meeting, out = tmp_path / "together.py", tmp_path / "meeting", tmp_path / "out"
     script.write_text(TOGETHER_TO_THE_END)
     meeting.mkdir()
@@ -249,62 +257,50 @@ def test_parts_that_end_together_write_the_same_results(whole, tmp_path):
     both = wait_for_all([start_script(*args, i, 2, **how) for i in range(2)])
     assert [status for status, _, _ in both] == [0, 0], both
     assert both[0][1] == both[1][1] and "mean C-score" in both[0][1]
-    of_parts = [f"cscores-checkpoint-part-{i}-of-2.npz" for i in range(2)]
-    assert files(out) == sorted([*of_parts, *RESULTS, "digits-examples.pdf"])
-    assert same_results(out, whole, RESULTS)
+    assert files(out) == sorted([*RESULTS, "digits-examples.pdf"])
+    assert same_results(out, whole) and same_runs(out, whole)
     assert len(list(meeting.iterdir())) == 2 + 2 * 2 * 3, "they have met wherever they could"
 
 
-def test_the_lock_is_the_parts(tmp_path):
-    """Two parts work in a folder at once, but not two processes at a part, nor a whole job twice."""
-    args = [*JOB, "--output-dir", tmp_path]
-    first = start_script(*args, "--part", 0, 2)
-    wait_for_a_group(first, checkpoint(tmp_path, 0, 2))
+def test_two_processes_that_do_the_same_runs_at_once(tmp_path):
+    """By mistake. Each run counts once, and the one that is stopped takes nothing with it."""
+    one, out = tmp_path / "one", tmp_path / "out"
+    first = start_script(*JOB, "--output-dir", out)
+    wait_for_a_group(first, out)
     with paused(first):
-        before = contents(tmp_path)
-        line = error_here(*args, "--part", 0, 2)
-        assert f"another job is at work in {tmp_path}" in line and "--part" in line
-        assert contents(tmp_path) == before
-        run_here(*args, "--part", 1, 2)
-        assert n_done(checkpoint(tmp_path, 1, 2)) == 12 and n_done(checkpoint(tmp_path, 0, 2)) < 12
-    printed, err = first.communicate(timeout=120)
-    assert first.returncode == 0 and "mean C-score" in printed, err
-    assert n_done(checkpoint(tmp_path, 0, 2)) == 12
+        assert 0 < n_done(out) < 24
+        before = n_done(out)
+        second, third = (start_script(*JOB, "--output-dir", out) for _ in range(2))
+        while n_done(out) == before:
+            assert second.poll() is None and third.poll() is None
+        third.kill()
+        third.communicate()
+        (ended,) = wait_for_all([second])
+    (late,) = wait_for_all([first])
+    run_here(*JOB, "--output-dir", one)
+    for status, printed, err in ended, late:
+        assert status == 0 and "mean C-score" in printed, err
+    assert same_results(out, one) and same_runs(out, one)
 
 
 # --- What is refused ---
-def test_the_same_run_in_two_checkpoints(first_part, whole):
-    one, other = checkpoint(first_part, 0, 3), first_part / "cscores-checkpoint.npz"
-    shutil.copy(whole / other.name, first_part)
-    before = contents(first_part)
-    for part in ["--part", 0, 3], ["--part", 1, 3], []:
-        line = error_here(*SEVEN, "--output-dir", first_part, *part)
-        assert one.name in line and other.name in line and "same runs" in line and "\n" not in line
-        assert contents(first_part) == before
-
-
 @pytest.mark.parametrize("ends_last", ["the part", "the whole job"])
-def test_a_whole_job_beside_a_part(tmp_path, monkeypatch, capsys, ends_last):
-    """Both started when no run was done. The one that ends first is right, the other one notices."""
+def test_a_whole_job_beside_a_part(whole, tmp_path, monkeypatch, capsys, ends_last):
+    """Both started when no run was done, and do the part's runs both: each counts once."""
     args, part = [*SEVEN, "--output-dir", tmp_path], ["--part", 1, 3]
     first, last = (args, [*args, *part]) if ends_last == "the part" else ([*args, *part], args)
-    count_groups = mnist.count_groups
+    save_runs = mnist.save_runs
 
-    def count_after_the_other_job(*arguments):
-        monkeypatch.setattr(mnist, "count_groups", count_groups)
+    def save_after_the_other_job(*arguments):
+        monkeypatch.setattr(mnist, "save_runs", save_runs)
         run_here(*first)
-        count_groups(*arguments)
+        save_runs(*arguments)
 
-    monkeypatch.setattr(mnist, "count_groups", count_after_the_other_job)
-    line = error_here(*last)
-    names = ["cscores-checkpoint.npz", checkpoint(tmp_path, 1, 3).name]
-    assert all(name in line for name in names) and "same runs" in line
+    monkeypatch.setattr(mnist, "save_runs", save_after_the_other_job)
+    run_here(*last)
     printed = capsys.readouterr().out
-    assert ("mean C-score" in printed, "missing" in printed) == (ends_last == "the part", first != args)
-    results = [*RESULTS, "digits-examples.pdf"] if first == args else []
-    assert files(tmp_path) == sorted(names + results)
-    assert runs_in(tmp_path / names[0]) == runs_of_both_ratios(*range(7))
-    assert runs_in(tmp_path / names[1]) == runs_of_both_ratios(1, 4)
+    assert printed.count("mean C-score") == (2 if first == args else 1)
+    assert same_results(tmp_path, whole) and same_runs(tmp_path, whole)
 
 
 @pytest.mark.parametrize(
@@ -320,33 +316,31 @@ def test_a_whole_job_beside_a_part(tmp_path, monkeypatch, capsys, ends_last):
 def test_parts_with_different_settings(first_part, option, value, difference, part):
     before = contents(first_part)
     line = error_here(*SEVEN, option, value, "--output-dir", first_part, *part)
-    assert f"cannot go on from {checkpoint(first_part, 0, 3)} (" in line and difference in line
+    assert f"cannot go on from {runs_dir(first_part)}" in line and difference in line
     assert contents(first_part) == before
 
 
 def test_settings_that_differ_only_at_the_end(tmp_path, monkeypatch):
     """Parts that started together with different settings: the one that ends last notices."""
-    count_groups = mnist.count_groups
+    save_runs = mnist.save_runs
 
-    def count_after_the_other_part(*arguments):
-        monkeypatch.setattr(mnist, "count_groups", count_groups)
+    def save_after_the_other_part(*arguments):
+        monkeypatch.setattr(mnist, "save_runs", save_runs)
         run_here(*SEVEN, "--output-dir", tmp_path, "--part", 0, 2)
-        count_groups(*arguments)
+        save_runs(*arguments)
 
-    monkeypatch.setattr(mnist, "count_groups", count_after_the_other_part)
+    monkeypatch.setattr(mnist, "save_runs", save_after_the_other_part)
     line = error_here(*SEVEN, "--ratios", 0.3, 0.7, "--output-dir", tmp_path, "--part", 1, 2)
-    assert (
-        f"cannot go on from {checkpoint(tmp_path, 0, 2)} (" in line
-        and "ratios [0.3, 0.8], not [0.3, 0.7]" in line
-    )
-    assert files(tmp_path) == [checkpoint(tmp_path, i, 2).name for i in range(2)]
+    assert f"cannot go on from {runs_dir(tmp_path)}" in line and "ratios [0.3, 0.8], not [0.3, 0.7]" in line
+    assert files(tmp_path) == [] and runs_in(tmp_path) == runs_of_both_ratios(*range(7))
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE])
-@pytest.mark.parametrize("what", ["own checkpoint", "another checkpoint", "folder"])
-def test_what_cannot_be_read_is_not_taken_for_nothing(first_part, monkeypatch, what, error):
-    """A checkpoint that is there but cannot be read must not be counted as zeros, and overwritten."""
-    before, path = contents(first_part), checkpoint(first_part, 0, 3)
+@pytest.mark.parametrize("what", ["a run", "folder"])
+@pytest.mark.parametrize("part", [0, 1])
+def test_what_cannot_be_read_is_not_taken_for_nothing(first_part, monkeypatch, part, what, error):
+    """A run that is there but cannot be read must not be taken for missing."""
+    before, path = contents(first_part), run_file(first_part, 1, 3)
     really_open, failed = builtins.open, []
 
     def fail(*_):
@@ -363,8 +357,7 @@ def test_what_cannot_be_read_is_not_taken_for_nothing(first_part, monkeypatch, w
             )
             for module in builtins, __import__("io"):
                 patch.setattr(module, "open", open_or_fail)
-        part = ["--part", 1, 3] if what == "another checkpoint" else ["--part", 0, 3]
-        line = error_here(*SEVEN, "--output-dir", first_part, *part)
+        line = error_here(*SEVEN, "--output-dir", first_part, "--part", part, 3)
     assert failed and os.strerror(error) in line and str(first_part) in line and "--output-dir" in line
     assert contents(first_part) == before
 
