@@ -24,7 +24,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,7 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    For a network of your own, replace `init` and `predict`, no more; params: any pytree of float arrays."""
+    Your own network: replace `init` and `predict`; params: any float pytree; only `inner` does bfloat16."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -115,10 +115,10 @@ def train(params, key, train_batches, n_train_batches, images, labels, training)
 
 def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels, n_classes, training):
     """Train a run and test it: int8 [N], 1 where it predicts the label, 0 where not, -1 if not held out.
-    run and n_subset are traced: all runs and ratios share one compilation. images, labels: as in `train`."""
+    run, n_subset: traced, one compilation for all; images, labels: as in `train`. precision: see `inner`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    with jax.default_matmul_precision("bfloat16") if training.precision == "bfloat16" else nullcontext():
+    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(~run)  # other seeds than those of `init`: -1, -2, ...
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
@@ -145,7 +145,7 @@ def cscores(n_heldout, n_correct):
 def inner(x, weights):
     """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. Precision bfloat16 rounds the factors,
     also those of the backward pass, where JAX by itself would leave the incoming gradient float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # as `train_and_test` sets it
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # set in `train_and_test`, for this line only
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -156,7 +156,7 @@ def inner(x, weights):
     def backward(rounded, gradient):
         x, weights = rounded
         gradient = gradient.astype(jnp.bfloat16)
-        # gradient.T, made by indexing: XLA on a CPU would widen what .T gives to float32, which is slow.
+        # gradient.T, by indexing: after a plain .T, XLA on a CPU would widen it to float32, which is slow.
         transposed = gradient.ravel()[jnp.arange(gradient.size).reshape(gradient.shape).T]
         return jnp.matmul(gradient, weights, **to_float32), jnp.matmul(transposed, x, **to_float32)
 
@@ -171,18 +171,18 @@ def plan_groups(devices, most_missing, parallel_runs=None):
     together: parallel_runs, or what suits; at most most_missing; rounded up to fill the devices."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
-    n_at_once = max(1, min(parallel_runs or suitable, most_missing))
+    n_at_once = max(1, min(parallel_runs or suitable, most_missing))  # most_missing: at any ratio, or 0
     mesh = jax.sharding.Mesh(devices[:n_at_once], "runs")
     return mesh, math.ceil(n_at_once / mesh.size) * mesh.size
 
 
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
-    """Draw the batches of groups. missing[k]: list of the runs to do at ratio k; sizes[k]: of their subsets.
+    """Draw the batches of groups. missing[k]: the runs to do at ratios[k], a list; sizes[k]: a subset's size.
     Yields (k, runs, arrays), the arrays being runs, train_batches and heldout_batches, each [group_size, ...]
     and split over the mesh. A short group is filled up with copies of its last run."""
     with ThreadPoolExecutor() as drawers:
         for first in range(0, max(map(len, missing)), group_size):
-            for k, n_subset in enumerate(sizes):  # in turn, as runs at a high ratio take longer
+            for k, n_subset in enumerate(sizes):  # in turn: high ratios take longer, yet the bar's ETA holds
                 if runs := missing[k][first : first + group_size]:
                     filled = runs + runs[-1:] * (group_size - len(runs))
                     draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
@@ -202,7 +202,7 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
         one_run = partial(train_and_test, n_subset=n_subset, images=data[0], labels=data[1])
         return jax.vmap(partial(one_run, n_classes=len(classes), training=training))(*arrays)
 
-    # Without check_vma=False, JAX refuses our loops, as they start from constants.
+    # check_vma=False: else JAX refuses loops whose state starts as a constant, the same on all devices.
     specs = dict(in_specs=(by_run, to_all, to_all), out_specs=by_run, check_vma=False)
     train_group = jax.jit(jax.shard_map(train_on_device, mesh=mesh, **specs))
     for k, runs, arrays in drawn:
@@ -233,12 +233,13 @@ def explained(what, advice="use another --output-dir"):
         raise Problem(f"{what} ({str(error)[:500] or repr(error)}): {advice}") from error
 
 
-@np.errstate(invalid="ignore")  # no warnings as the checks cast what has no integer, such as a NaN label
+@np.errstate(invalid="ignore")  # the checks cast to integers and compare: no warning for a NaN among them
 def load(dataset, data_dir=None):
     """Load the training examples of an .npz file, of scikit-learn's `digits` or of a tfds data set.
     Returns images uint8 [N, height, width, channels]; labels, integers [N]; and original int64 [N], the index
     of each in the original files, or None if unknown. Raises Problem if it cannot be had or does not suit."""
-    with explained(f"cannot load --dataset {dataset}", "it takes FILE.npz, digits or tfds (Python < 3.14)"):
+    takes = "it takes FILE.npz, digits or a labeled tfds set (TensorFlow, Python < 3.14; internet once)"
+    with explained(f"cannot load --dataset {dataset}", takes):
         if dataset.lower().endswith(".npz"):
             pairs = ("x_train", "y_train"), ("train_images", "train_labels"), ("images", "labels")
             with np.load(dataset) as file:  # which refuses pickles
@@ -280,7 +281,7 @@ def load_tfds(dataset, data_dir):
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
     hashes = map(Hasher("train").hash_key, range(len(labels)))
     original = np.argsort([*hashes]) if dataset.split(":")[0].split("/")[0] in by_index else None
-    return images, labels.astype(np.int32, casting="same_kind"), original  # same_kind refuses float labels
+    return images, labels.astype(np.int32, casting="same_kind"), original  # same_kind: no regression targets
 
 
 def check_images(images):
@@ -306,9 +307,9 @@ def check_labels(labels, n_examples):
     """The labels as integers [N]. Raises Problem if they are not whole numbers of several classes."""
     need = f"labels must be {n_examples} whole numbers, not {labels.dtype} {labels.shape}"
     labels = labels.ravel() if labels.shape in ((n_examples, 1), (1, n_examples)) else labels  # MATLAB
-    rows = ": try labels.argmax(axis=1) if each row has one 1" if labels.shape[:1] == (n_examples,) else ""
+    advice = ": try labels.argmax(axis=1) if each row has one 1" if labels.shape[:1] == (n_examples,) else ""
     if labels.shape != (n_examples,):
-        raise Problem(need + rows)
+        raise Problem(need + advice)
     whole = labels.astype(np.int64) if labels.dtype.kind in "bf" else labels
     if whole.dtype.kind not in "iu" or (whole != labels).any():
         raise Problem(f"{need}: try np.unique(labels, return_inverse=True)[1], without unlabeled examples")
@@ -319,21 +320,21 @@ def check_labels(labels, n_examples):
 
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
-    """What the counts depend on, as a dict: the settings; a hash of the data; a hash of the algorithm, which
-    is one run's batches and JAX's program for any run, lowered for a CPU even where a GPU will train."""
+    """What the counts depend on, as a dict: the settings; a hash of the data; a hash of the algorithm: of one
+    run's batches and of JAX's program for any run, lowered for a CPU even where a GPU will train."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(0), *batches, np.int32(0), images, labels.astype(np.int32))  # types only
-    program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()  # names the data's shape
+    program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()
     algorithm = hashlib.sha256(b"".join([program, *batches])).hexdigest()[:16]
-    content = hashlib.sha256(images)
+    content = hashlib.sha256(images)  # the bytes alone: `program` names their shape
     content.update(labels.astype("<i8"))
     hashes = dict(content=content.hexdigest()[:16], algorithm=algorithm)
     return dict(dataset=args.dataset_name, ratios=args.ratios, **args.training._asdict(), **hashes)
 
 
 def read_runs(args, job, n_examples):
-    """Count the runs that are saved, whichever part did them: done bool [K, n_runs]; n_heldout and n_correct,
+    """Count the runs that are saved, whichever --part did them: done bool [K, n_runs]; n_heldout and n_correct,
     int32 [K, N]. Raises Problem if one cannot be read, is of another job, or is beyond --runs."""
     done = np.zeros((len(args.ratios), args.runs), bool)
     n_heldout, n_correct = np.zeros((2, len(args.ratios), n_examples), np.int32)
@@ -345,26 +346,27 @@ def read_runs(args, job, n_examples):
             old = json.loads(str(file["job"]))
             differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
             if differ:
-                raise ValueError(f"made with {'; '.join(differ)}; algorithm: the code, or JAX's version")
+                raise ValueError(f"made with {'; '.join(differ)} (algorithm: the code, or JAX's version)")
             k, run = map(int, path.stem.split("-"))
             if run >= args.runs:
                 raise ValueError(f"it is beyond --runs: give --runs {run + 1} or more")
-            correctness = file["correctness"]
             done[k, run] = True
-            n_heldout[k] += correctness >= 0
+            n_heldout[k] += (correctness := file["correctness"]) >= 0
             n_correct[k] += correctness == 1
     return done, n_heldout, n_correct
 
 
 def save_runs(trained, args, job, n_missing):
-    """Save runs, each in a file of its own, as groups of them are trained; show how many of n_missing are."""
+    """Save each run in a file of its own, as groups are trained; show how many of n_missing are saved."""
     save, n_failed = partial(np.savez_compressed, job=json.dumps(job)), 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
-                if not path.exists():  # another process may have done it meanwhile, even with other settings
+                if not path.exists():
                     write(path, partial(save, correctness=of_run))
+                elif str(np.load(path)["job"]) != json.dumps(job):  # of a process that started after this one
+                    raise Problem(f"another job has made {path}: use another --output-dir")
             n_failed += (correctness < 1).all(axis=1).sum()  # models wrong on all that they held out
             accuracy = correctness[correctness >= 0].mean()
             bar.set_postfix(ratio=args.ratios[k], accuracy=accuracy, failed=n_failed, refresh=False)
@@ -407,14 +409,13 @@ def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
     """Write the scores, in the order of images; all results, in the original order if known; the figure."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
-    order = "tfds" if original is None else "orig"
-    if original is not None:
-        results = {name: array[..., np.argsort(original)] for name, array in results.items()}
+    order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")
+    results = {name: array[..., order] for name, array in results.items()}
     classes = np.unique(labels)
     figure = draw_figure(images, labels, scores, classes[:50])  # more can hardly be looked at
     saves = {
         "cscores.npy": partial(np.save, arr=scores),
-        f"cscores-{order}-order.npz": partial(np.savez_compressed, **results, subset_ratios=args.ratios),
+        f"cscores-{by}-order.npz": partial(np.savez_compressed, **results, subset_ratios=args.ratios),
         f"{args.dataset_name}-examples.pdf": partial(imsave, arr=figure, format="pdf", dpi=50),
     }
     for name, save in saves.items():
@@ -430,7 +431,7 @@ def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
 def parse_args(argv=None):
     """The options, and what follows from them: training (a `Training`), dataset_name, runs_dir."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], usage=argparse.SUPPRESS)
-    parser.print_help = lambda: print(parser.format_help(), flush=True)  # argparse's hides a closed pipe
+    parser.print_help = lambda: print(parser.format_help(), flush=True)  # argparse's hides BrokenPipeError
     add = parser.add_argument
     add("--dataset", default="mnist", help="FILE.npz, digits or a labeled set of tfds (default %(default)s)")
     add("--data-dir", help="where tfds keeps its data (default $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
@@ -440,7 +441,7 @@ def parse_args(argv=None):
     for name, x in Training()._asdict().items():
         how = dict(choices=("float32", "bfloat16")) if name == "precision" else dict(type=type(x))
         add("--" + name.replace("_", "-"), default=x, help="of training (default %(default)s)", **how)
-    add("--parallel-runs", type=int, help="runs at once (default: as many as suit the devices)")
+    add("--parallel-runs", type=int, help="runs at once; rounded up to whole devices (default: what suits)")
     add("--part", type=int, nargs=2, metavar=("I", "P"), default=[0, 1], help="only runs r with r mod P = I")
     args = parser.parse_args(argv)
     if any(n is not None and n < 1 for n in (args.runs, args.epochs, args.batch_size, args.parallel_runs)):
@@ -459,14 +460,14 @@ def parse_args(argv=None):
 
 def start_jax():
     """Start JAX, with each CPU core as a device, and return the devices. Raises Problem if there are none.
-    JAX flags that would change the scores unseen, as from environment variables, get their defaults."""
+    JAX flags from environment variables that would change scores or stop the job get their defaults."""
     if sys.version_info < (3, 11) or jax.__version_info__ < (0, 9):
         raise Problem(f"needs Python 3.11, JAX 0.9 or later, not {sys.version.split()[0]}, {jax.__version__}")
     flags = dict(enable_x64=False, threefry_partitionable=True, default_prng_impl="threefry2x32")
     flags |= dict(random_seed_offset=0, numpy_dtype_promotion="standard", numpy_rank_promotion="allow")
     for flag, default in flags.items():
         jax.config.update(f"jax_{flag}", default)
-    if jax.config.jax_num_cpu_devices < 0:  # the user has not chosen
+    if jax.config.jax_num_cpu_devices < 0:  # not set by JAX_NUM_CPU_DEVICES
         n_cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
         with suppress(RuntimeError):  # JAX is in use already, as in a notebook, and keeps its devices
             jax.config.update("jax_num_cpu_devices", n_cores)
@@ -481,9 +482,9 @@ def main(argv=None):
         from matplotlib.image import imsave  # now, not after the last run
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
-    tqdm.set_lock(threading.RLock())  # Python may report tqdm's own lock as leaked when a job fails
+    tqdm.set_lock(threading.RLock())  # tqdm's own, of processes, is reported as leaked after os._exit
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # aligned for JAX, whose CPU devices then share it
+    images = np.asarray(jax.device_put(images))  # aligned: JAX's CPU devices then share it without copies
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
@@ -504,7 +505,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # Python would put Ctrl-C off until the devices are done
-        signal.signal(number, lambda number, frame: os._exit(128 + number))
+        signal.signal(number, lambda signum, frame: os._exit(128 + signum))
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if it is closed)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     os.environ.pop("MPLBACKEND", None)  # a notebook's, for `!python mnist.py`; the figure needs none
@@ -513,8 +514,7 @@ if __name__ == "__main__":
     except BrokenPipeError:
         os._exit(141)  # nobody reads on, as after `| head -1`; 141: as if SIGPIPE had ended it
     except (Problem, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
-        line = " ".join(f"mnist.py: {error}".split())
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
-            line += " (try fewer --parallel-runs)"
+        advice = "" if isinstance(error, Problem | OSError) else " (out of memory? try fewer --parallel-runs)"
+        line = " ".join(f"mnist.py: {error}{advice}".split())
         print(line, file=sys.stderr, flush=True)
         os._exit(1)  # sys.exit would wait for the group in training

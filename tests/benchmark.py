@@ -161,7 +161,7 @@ def main():
     row("full job, projected", lambda key: f"{200 * times[key] * work / flop / 60:.1f} min")
     row("predictions as sequential's, run 0", lambda key: f"{same[key]:.2%}", same)
     if args.full:
-        full, sizes = {}, mnist.subset_sizes(ratios, n, TRAINING.batch_size)
+        full, sizes = {}, [round(ratio * n) for ratio in ratios]
         for precision in precisions:
             start = time.perf_counter()
             for _ in mnist.ahead(train_groups(sizes, 200, precision)):
