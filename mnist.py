@@ -42,7 +42,7 @@ class Training(NamedTuple):  # settings of SGD with momentum; each is a command-
     batch_size: int = 128  # examples in a step
     learning_rate: float = 0.1
     momentum: float = 0.9
-    precision: str = "float32"  # of factors in `inner`: float32 (JAX's default: TF32 on a GPU) or bfloat16
+    precision: str = "float32"  # of matrix products: float32 (JAX's default: TF32 on a GPU) or bfloat16
 
 
 def draw_batches(run, n_examples, n_subset, training):
@@ -65,7 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    Your own network: replace `init` and `predict`; params: any float pytree; only `inner` does bfloat16."""
+    Your own network: replace `init` and `predict`; params: any float pytree; bfloat16: by `inner` only."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -115,7 +115,7 @@ def train(params, key, train_batches, n_train_batches, images, labels, training)
 
 def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels, n_classes, training):
     """Train a run and test it: int8 [N], 1 where it predicts the label, 0 where not, -1 if not held out.
-    run, n_subset: traced, one compilation for all; images, labels: as in `train`. precision: see `inner`."""
+    run, n_subset: traced, for one compilation; images, labels: as in `train`. Only `inner` uses precision."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
     with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):
@@ -143,9 +143,9 @@ def cscores(n_heldout, n_correct):
 
 
 def inner(x, weights):
-    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. Precision bfloat16 rounds the factors,
-    also those of the backward pass, where JAX by itself would leave the incoming gradient float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # set in `train_and_test`, for this line only
+    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds x, weights and, in the
+    backward pass, the gradient of their product, which JAX by itself would leave float32."""
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # `train_and_test` sets it; only this reads it
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -166,12 +166,12 @@ def inner(x, weights):
 
 
 # === Many runs, on all devices ==================================================================
-def plan_groups(devices, most_missing, parallel_runs=None):
+def plan_groups(devices, n_missing, parallel_runs=None):
     """The devices to use (on a CPU, its cores), as a mesh "runs", and the size of a group of runs that train
-    together: parallel_runs, or what suits; at most most_missing; rounded up to fill the devices."""
+    together: parallel_runs or what suits; at most n_missing, of one ratio; rounded up to fill the devices."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
-    n_at_once = max(1, min(parallel_runs or suitable, most_missing))  # most_missing: at any ratio, or 0
+    n_at_once = max(1, min(parallel_runs or suitable, n_missing))  # 1 if none is missing
     mesh = jax.sharding.Mesh(devices[:n_at_once], "runs")
     return mesh, math.ceil(n_at_once / mesh.size) * mesh.size
 
@@ -182,7 +182,7 @@ def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     and split over the mesh. A short group is filled up with copies of its last run."""
     with ThreadPoolExecutor() as drawers:
         for first in range(0, max(map(len, missing)), group_size):
-            for k, n_subset in enumerate(sizes):  # in turn: high ratios take longer, yet the bar's ETA holds
+            for k, n_subset in enumerate(sizes):  # ratios in turn: high ones are slow; the ETA stays right
                 if runs := missing[k][first : first + group_size]:
                     filled = runs + runs[-1:] * (group_size - len(runs))
                     draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
@@ -225,7 +225,7 @@ class Problem(Exception):
 
 
 @contextmanager
-def explained(what, advice="use another --output-dir"):
+def explained(what, advice="mend that, or use another --output-dir"):
     """Whatever goes wrong inside becomes a Problem that also says what was tried and what to do."""
     try:
         yield
@@ -233,7 +233,7 @@ def explained(what, advice="use another --output-dir"):
         raise Problem(f"{what} ({str(error)[:500] or repr(error)}): {advice}") from error
 
 
-@np.errstate(invalid="ignore")  # the checks cast to integers and compare: no warning for a NaN among them
+@np.errstate(invalid="ignore")  # no warning when a NaN among pixels or labels is cast or compared
 def load(dataset, data_dir=None):
     """Load the training examples of an .npz file, of scikit-learn's `digits` or of a tfds data set.
     Returns images uint8 [N, height, width, channels]; labels, integers [N]; and original int64 [N], the index
@@ -321,10 +321,10 @@ def check_labels(labels, n_examples):
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
     """What the counts depend on, as a dict: the settings; a hash of the data; a hash of the algorithm: of one
-    run's batches and of JAX's program for any run, lowered for a CPU even where a GPU will train."""
+    run's batches and of JAX's program for any run, lowered for a CPU: parts may run on any devices."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
-    traced = one_run.trace(np.int32(0), *batches, np.int32(0), images, labels.astype(np.int32))  # types only
+    traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
     program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()
     algorithm = hashlib.sha256(b"".join([program, *batches])).hexdigest()[:16]
     content = hashlib.sha256(images)  # the bytes alone: `program` names their shape
@@ -334,8 +334,8 @@ def describe_job(args, images, labels, sizes):
 
 
 def read_runs(args, job, n_examples):
-    """Count the runs that are saved, whichever --part did them: done bool [K, n_runs]; n_heldout and n_correct,
-    int32 [K, N]. Raises Problem if one cannot be read, is of another job, or is beyond --runs."""
+    """Count the saved runs, whichever --part did them: done bool [K, n_runs]; n_heldout, n_correct, int32
+    [K, N]. Raises Problem if one cannot be read, is of another job, or is beyond --runs."""
     done = np.zeros((len(args.ratios), args.runs), bool)
     n_heldout, n_correct = np.zeros((2, len(args.ratios), n_examples), np.int32)
     with explained(f"cannot use {args.runs_dir}"):
@@ -363,10 +363,10 @@ def save_runs(trained, args, job, n_missing):
         for k, runs, correctness in trained:
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
-                if not path.exists():
+                if not path.exists():  # else another process has saved this run since `read_runs`
                     write(path, partial(save, correctness=of_run))
-                elif str(np.load(path)["job"]) != json.dumps(job):  # of a process that started after this one
-                    raise Problem(f"another job has made {path}: use another --output-dir")
+            if not bar.n:  # the first group: has another job, started at the same time, saved runs here?
+                read_runs(args, job, correctness.shape[1])  # if so, raises Problem
             n_failed += (correctness < 1).all(axis=1).sum()  # models wrong on all that they held out
             accuracy = correctness[correctness >= 0].mean()
             bar.set_postfix(ratio=args.ratios[k], accuracy=accuracy, failed=n_failed, refresh=False)
@@ -374,7 +374,7 @@ def save_runs(trained, args, job, n_missing):
 
 
 def write(path, save):
-    """Write `path` by save(file), whole or not at all, even if the power fails. Raises Problem."""
+    """Write `path` by save(file), whole or not at all, even if the power fails; a kill may leave a tmp*/."""
     with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:
         with open(Path(new, path.name), "wb") as file:
             save(file)
@@ -431,7 +431,7 @@ def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
 def parse_args(argv=None):
     """The options, and what follows from them: training (a `Training`), dataset_name, runs_dir."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], usage=argparse.SUPPRESS)
-    parser.print_help = lambda: print(parser.format_help(), flush=True)  # argparse's hides BrokenPipeError
+    parser.print_help = lambda: print(parser.format_help(), flush=True)  # argparse hides BrokenPipeError
     add = parser.add_argument
     add("--dataset", default="mnist", help="FILE.npz, digits or a labeled set of tfds (default %(default)s)")
     add("--data-dir", help="where tfds keeps its data (default $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
@@ -460,7 +460,7 @@ def parse_args(argv=None):
 
 def start_jax():
     """Start JAX, with each CPU core as a device, and return the devices. Raises Problem if there are none.
-    JAX flags from environment variables that would change scores or stop the job get their defaults."""
+    JAX flags that would change scores or stop the job get their defaults, whatever the environment says."""
     if sys.version_info < (3, 11) or jax.__version_info__ < (0, 9):
         raise Problem(f"needs Python 3.11, JAX 0.9 or later, not {sys.version.split()[0]}, {jax.__version__}")
     flags = dict(enable_x64=False, threefry_partitionable=True, default_prng_impl="threefry2x32")
@@ -482,9 +482,9 @@ def main(argv=None):
         from matplotlib.image import imsave  # now, not after the last run
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
-    tqdm.set_lock(threading.RLock())  # tqdm's own, of processes, is reported as leaked after os._exit
+    tqdm.set_lock(threading.RLock())  # by default also a multiprocessing lock, which os._exit would leak
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # aligned: JAX's CPU devices then share it without copies
+    images = np.asarray(jax.device_put(images))  # on a CPU: aligned, so that all devices share one copy
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")

@@ -309,7 +309,7 @@ def test_a_whole_job_beside_a_part(whole, tmp_path, monkeypatch, capsys, ends_la
         ("--epochs", 3, "epochs 2, not 3"),
         ("--batch-size", 100, "batch_size 128, not 100"),
         ("--precision", "bfloat16", "precision float32, not bfloat16"),
-        ("--runs", 6, "7 runs: give --runs"),
+        ("--runs", 6, "give --runs 7 or more"),
     ],
 )
 @pytest.mark.parametrize("part", [("--part", 1, 3), ("--part", 0, 3), ("--part", 0, 1)], ids=str)
@@ -320,8 +320,7 @@ def test_parts_with_different_settings(first_part, option, value, difference, pa
     assert contents(first_part) == before
 
 
-def test_settings_that_differ_only_at_the_end(tmp_path, monkeypatch):
-    """Parts that started together with different settings: the one that ends last notices."""
+def test_other_ratios_than_those_of_a_part_that_started_at_the_same_time(tmp_path, monkeypatch):
     save_runs = mnist.save_runs
 
     def save_after_the_other_part(*arguments):
@@ -332,7 +331,26 @@ def test_settings_that_differ_only_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(mnist, "save_runs", save_after_the_other_part)
     line = error_here(*SEVEN, "--ratios", 0.3, 0.7, "--output-dir", tmp_path, "--part", 1, 2)
     assert f"cannot go on from {runs_dir(tmp_path)}" in line and "ratios [0.3, 0.8], not [0.3, 0.7]" in line
-    assert files(tmp_path) == [] and runs_in(tmp_path) == runs_of_both_ratios(*range(7))
+    assert files(tmp_path) == [] and all(run in runs_in(tmp_path) for run in runs_of_both_ratios(0, 2, 4, 6))
+
+
+@pytest.mark.parametrize("part", [("--part", 0, 1), ("--part", 1, 2)], ids=str)
+def test_jobs_with_different_settings_that_start_together(tmp_path, monkeypatch, part):
+    """Neither takes the place of the other's runs; the slower one ends after its first group."""
+    one, out, save_runs, groups = tmp_path / "one", tmp_path / "out", mnist.save_runs, []
+    other = [*SEVEN, "--epochs", 3, "--part", *((0, 2) if part[1] else (0, 1)), "--output-dir"]
+
+    def save_after_the_other_job(trained, *arguments):
+        monkeypatch.setattr(mnist, "save_runs", save_runs)
+        run_here(*other, out)
+        save_runs((groups.append(group) or group for group in trained), *arguments)
+
+    monkeypatch.setattr(mnist, "save_runs", save_after_the_other_job)
+    line = error_here(*SEVEN, "--output-dir", out, *part)
+    assert f"cannot go on from {runs_dir(out)}" in line and "epochs" in line and len(groups) == 1
+    run_here(*other, one)
+    for name, content in contents(one).items():
+        assert name.endswith(".pdf") or contents(out)[name] == content
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE])
