@@ -65,7 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    Your own network: replace `init` and `predict`; params: any float pytree; bfloat16: by `inner` only."""
+    Own network: replace `init` and `predict`; params: any float pytree; only `inner` obeys --precision."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -78,7 +78,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels], some of which may be filler.
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; as filler, the last of all N.
     key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
@@ -115,7 +115,7 @@ def train(params, key, train_batches, n_train_batches, images, labels, training)
 
 def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels, n_classes, training):
     """Train a run and test it: int8 [N], 1 where it predicts the label, 0 where not, -1 if not held out.
-    run, n_subset: traced, for one compilation; images, labels: as in `train`. Only `inner` uses precision."""
+    run, n_subset: traced, for one compilation; images, labels: as in `train`. Precision: see `inner`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
     with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):
@@ -144,8 +144,8 @@ def cscores(n_heldout, n_correct):
 
 def inner(x, weights):
     """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds x, weights and, in the
-    backward pass, the gradient of their product, which JAX by itself would leave float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # `train_and_test` sets it; only this reads it
+    backward pass, the gradient it gets (of the result), which JAX by itself would leave float32."""
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # to JAX itself, "bfloat16" is its default
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -168,7 +168,7 @@ def inner(x, weights):
 # === Many runs, on all devices ==================================================================
 def plan_groups(devices, n_missing, parallel_runs=None):
     """The devices to use (on a CPU, its cores), as a mesh "runs", and the size of a group of runs that train
-    together: parallel_runs or what suits; at most n_missing, of one ratio; rounded up to fill the devices."""
+    together: parallel_runs or what suits; at most n_missing, the most at any ratio; filling whole devices."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     n_at_once = max(1, min(parallel_runs or suitable, n_missing))  # 1 if none is missing
@@ -182,7 +182,7 @@ def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     and split over the mesh. A short group is filled up with copies of its last run."""
     with ThreadPoolExecutor() as drawers:
         for first in range(0, max(map(len, missing)), group_size):
-            for k, n_subset in enumerate(sizes):  # ratios in turn: high ones are slow; the ETA stays right
+            for k, n_subset in enumerate(sizes):  # ratios in turn: high ones are slow; tqdm's ETA stays right
                 if runs := missing[k][first : first + group_size]:
                     filled = runs + runs[-1:] * (group_size - len(runs))
                     draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
@@ -198,7 +198,7 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     by_run, to_all = jax.P("runs"), jax.P()
     data = jax.device_put((images, labels.astype(np.int32)), jax.NamedSharding(mesh, to_all))
 
-    def train_on_device(arrays, n_subset, data):  # arrays: the run numbers and batches of its own runs
+    def train_on_device(arrays, n_subset, data):  # arrays: run, train_batches, heldout_batches; its own runs
         one_run = partial(train_and_test, n_subset=n_subset, images=data[0], labels=data[1])
         return jax.vmap(partial(one_run, n_classes=len(classes), training=training))(*arrays)
 
@@ -277,7 +277,7 @@ def load_tfds(dataset, data_dir):
             raise
         examples = tfds.load(dataset, **read)  # another process has prepared it meanwhile
     images, labels = next(iter(tfds.as_numpy(examples.batch(len(examples)))))
-    # tfds sorts a split by the hash of each example's key, which for these sets is its original index.
+    # tfds sorts a split by the hash of each example's key; for these sets, the key is its original index.
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
     hashes = map(Hasher("train").hash_key, range(len(labels)))
     original = np.argsort([*hashes]) if dataset.split(":")[0].split("/")[0] in by_index else None
@@ -321,7 +321,7 @@ def check_labels(labels, n_examples):
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
     """What the counts depend on, as a dict: the settings; a hash of the data; a hash of the algorithm: of one
-    run's batches and of JAX's program for any run, lowered for a CPU: parts may run on any devices."""
+    run's batches and of JAX's program for any run, lowered for a CPU, so that every --part has the same."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
