@@ -115,7 +115,7 @@ def train(params, key, train_batches, n_train_batches, images, labels, training)
 
 def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels, n_classes, training):
     """Train a run and test it: int8 [N], 1 where it predicts the label, 0 where not, -1 if not held out.
-    run, n_subset: traced, for one compilation; images, labels: as in `train`. Precision: see `inner`."""
+    run, n_subset: traced, for one compilation; images, labels: as in `train`. Precision: read by `inner`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
     with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):
@@ -145,7 +145,7 @@ def cscores(n_heldout, n_correct):
 def inner(x, weights):
     """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds x, weights and, in the
     backward pass, the gradient it gets (of the result), which JAX by itself would leave float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # to JAX itself, "bfloat16" is its default
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # we set it; to JAX, that is just its default
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -166,12 +166,12 @@ def inner(x, weights):
 
 
 # === Many runs, on all devices ==================================================================
-def plan_groups(devices, n_missing, parallel_runs=None):
-    """The devices to use (on a CPU, its cores), as a mesh "runs", and the size of a group of runs that train
-    together: parallel_runs or what suits; at most n_missing, the most at any ratio; filling whole devices."""
+def plan_groups(devices, max_missing, parallel_runs=None):
+    """The devices to use (on a CPU, its cores), as a mesh "runs", and how many runs of one ratio train at
+    once, as a group: parallel_runs or what suits, at most max_missing; rounded up to fill the devices."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
-    n_at_once = max(1, min(parallel_runs or suitable, n_missing))  # 1 if none is missing
+    n_at_once = max(1, min(parallel_runs or suitable, max_missing))  # 1 if none is missing
     mesh = jax.sharding.Mesh(devices[:n_at_once], "runs")
     return mesh, math.ceil(n_at_once / mesh.size) * mesh.size
 
@@ -320,8 +320,8 @@ def check_labels(labels, n_examples):
 
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
-    """What the counts depend on, as a dict: the settings; a hash of the data; a hash of the algorithm: of one
-    run's batches and of JAX's program for any run, lowered for a CPU, so that every --part has the same."""
+    """What the counts depend on, as a dict: the settings; a hash of the data; algorithm, a hash of one run's
+    batches and of JAX's program, always for a CPU: a job's parts (--part) may run on different devices."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
@@ -346,7 +346,7 @@ def read_runs(args, job, n_examples):
             old = json.loads(str(file["job"]))
             differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
             if differ:
-                raise ValueError(f"made with {'; '.join(differ)} (algorithm: the code, or JAX's version)")
+                raise ValueError(f"made with {'; '.join(differ)} ('algorithm': the code and JAX's version)")
             k, run = map(int, path.stem.split("-"))
             if run >= args.runs:
                 raise ValueError(f"it is beyond --runs: give --runs {run + 1} or more")
@@ -357,7 +357,7 @@ def read_runs(args, job, n_examples):
 
 
 def save_runs(trained, args, job, n_missing):
-    """Save each run in a file of its own, as groups are trained; show how many of n_missing are saved."""
+    """Save each run in a file K-RUN.npz, as groups are trained; show how many of all n_missing are saved."""
     save, n_failed = partial(np.savez_compressed, job=json.dumps(job)), 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
@@ -365,8 +365,8 @@ def save_runs(trained, args, job, n_missing):
                 path = args.runs_dir / f"{k}-{run}.npz"
                 if not path.exists():  # else another process has saved this run since `read_runs`
                     write(path, partial(save, correctness=of_run))
-            if not bar.n:  # the first group: has another job, started at the same time, saved runs here?
-                read_runs(args, job, correctness.shape[1])  # if so, raises Problem
+            if not bar.n:  # first group: of two jobs that began at once, the later to save sees the other's
+                read_runs(args, job, correctness.shape[1])  # and ends by Problem; its files must be deleted
             n_failed += (correctness < 1).all(axis=1).sum()  # models wrong on all that they held out
             accuracy = correctness[correctness >= 0].mean()
             bar.set_postfix(ratio=args.ratios[k], accuracy=accuracy, failed=n_failed, refresh=False)
@@ -375,7 +375,7 @@ def save_runs(trained, args, job, n_missing):
 
 def write(path, save):
     """Write `path` by save(file), whole or not at all, even if the power fails; a kill may leave a tmp*/."""
-    with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:
+    with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:  # a temp file is 0600
         with open(Path(new, path.name), "wb") as file:
             save(file)
             file.flush()
@@ -409,7 +409,7 @@ def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
     """Write the scores, in the order of images; all results, in the original order if known; the figure."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
-    order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")
+    order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")  # None: of tfds
     results = {name: array[..., order] for name, array in results.items()}
     classes = np.unique(labels)
     figure = draw_figure(images, labels, scores, classes[:50])  # more can hardly be looked at
@@ -460,7 +460,7 @@ def parse_args(argv=None):
 
 def start_jax():
     """Start JAX, with each CPU core as a device, and return the devices. Raises Problem if there are none.
-    JAX flags that would change scores or stop the job get their defaults, whatever the environment says."""
+    Some JAX flags change scores or stop the job: they get their defaults, whatever the environment says."""
     if sys.version_info < (3, 11) or jax.__version_info__ < (0, 9):
         raise Problem(f"needs Python 3.11, JAX 0.9 or later, not {sys.version.split()[0]}, {jax.__version__}")
     flags = dict(enable_x64=False, threefry_partitionable=True, default_prng_impl="threefry2x32")
@@ -482,9 +482,9 @@ def main(argv=None):
         from matplotlib.image import imsave  # now, not after the last run
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
-    tqdm.set_lock(threading.RLock())  # by default also a multiprocessing lock, which os._exit would leak
+    tqdm.set_lock(threading.RLock())  # by default also a multiprocessing lock; os._exit (below) leaks it
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # on a CPU: aligned, so that all devices share one copy
+    images = np.asarray(jax.device_put(images))  # JAX aligns it: then a CPU's devices share it, uncopied
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
