@@ -65,7 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    Own network: replace `init` and `predict`; params: any float pytree; only `inner` obeys --precision."""
+    Own network: replace `init` and `predict`; params: any float pytree; --precision acts on `inner` alone."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -78,7 +78,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; as filler, the last of all N.
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; filler: copy of image N - 1.
     key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
@@ -115,10 +115,10 @@ def train(params, key, train_batches, n_train_batches, images, labels, training)
 
 def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels, n_classes, training):
     """Train a run and test it: int8 [N], 1 where it predicts the label, 0 where not, -1 if not held out.
-    run, n_subset: traced, for one compilation; images, labels: as in `train`. Precision: read by `inner`."""
+    run, n_subset: traced, for one compilation; images, labels: as in `train`. `inner` reads the precision."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):
+    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):  # for inner
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(~run)  # other seeds than those of `init`: -1, -2, ...
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
@@ -144,8 +144,8 @@ def cscores(n_heldout, n_correct):
 
 def inner(x, weights):
     """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds x, weights and, in the
-    backward pass, the gradient it gets (of the result), which JAX by itself would leave float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # we set it; to JAX, that is just its default
+    backward pass, the gradient of the result; JAX's own derivative would leave that gradient float32."""
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by train_and_test; JAX won't round for it
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -320,8 +320,8 @@ def check_labels(labels, n_examples):
 
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
-    """What the counts depend on, as a dict: the settings; a hash of the data; algorithm, a hash of one run's
-    batches and of JAX's program, always for a CPU: a job's parts (--part) may run on different devices."""
+    """What the counts depend on, as a dict: settings; "content", a hash of the data; "algorithm", one of a
+    run's batches and JAX's program, lowered for a CPU whatever the device: --part may use different ones."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
@@ -350,8 +350,8 @@ def read_runs(args, job, n_examples):
             k, run = map(int, path.stem.split("-"))
             if run >= args.runs:
                 raise ValueError(f"it is beyond --runs: give --runs {run + 1} or more")
-            done[k, run] = True
-            n_heldout[k] += (correctness := file["correctness"]) >= 0
+            done[k, run], correctness = True, file["correctness"]
+            n_heldout[k] += correctness >= 0
             n_correct[k] += correctness == 1
     return done, n_heldout, n_correct
 
@@ -365,8 +365,8 @@ def save_runs(trained, args, job, n_missing):
                 path = args.runs_dir / f"{k}-{run}.npz"
                 if not path.exists():  # else another process has saved this run since `read_runs`
                     write(path, partial(save, correctness=of_run))
-            if not bar.n:  # first group: of two jobs that began at once, the later to save sees the other's
-                read_runs(args, job, correctness.shape[1])  # and ends by Problem; its files must be deleted
+            if not bar.n:  # first group: if a job of other settings began at the same time, its files are
+                read_runs(args, job, correctness.shape[1])  # here by now: a Problem; delete this job's files
             n_failed += (correctness < 1).all(axis=1).sum()  # models wrong on all that they held out
             accuracy = correctness[correctness >= 0].mean()
             bar.set_postfix(ratio=args.ratios[k], accuracy=accuracy, failed=n_failed, refresh=False)
@@ -375,7 +375,7 @@ def save_runs(trained, args, job, n_missing):
 
 def write(path, save):
     """Write `path` by save(file), whole or not at all, even if the power fails; a kill may leave a tmp*/."""
-    with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:  # a temp file is 0600
+    with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:  # mkstemp: mode 0600
         with open(Path(new, path.name), "wb") as file:
             save(file)
             file.flush()
@@ -484,7 +484,7 @@ def main(argv=None):
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     tqdm.set_lock(threading.RLock())  # by default also a multiprocessing lock; os._exit (below) leaks it
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # JAX aligns it: then a CPU's devices share it, uncopied
+    images = np.asarray(jax.device_put(images))  # now aligned as JAX needs: a CPU's devices share this copy
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
