@@ -168,7 +168,7 @@ def inner(x, weights):
 # === Many runs, on all devices ==================================================================
 def plan_groups(devices, max_missing, parallel_runs=None):
     """The devices to use (on a CPU, its cores), as a mesh "runs", and how many runs of one ratio train at
-    once, as a group: parallel_runs or what suits, at most max_missing; rounded up to fill the devices."""
+    once, as a group: parallel_runs or what suits, at most the most missing at a ratio; fills the devices."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     n_at_once = max(1, min(parallel_runs or suitable, max_missing))  # 1 if none is missing
@@ -198,7 +198,7 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     by_run, to_all = jax.P("runs"), jax.P()
     data = jax.device_put((images, labels.astype(np.int32)), jax.NamedSharding(mesh, to_all))
 
-    def train_on_device(arrays, n_subset, data):  # arrays: run, train_batches, heldout_batches; its own runs
+    def train_on_device(arrays, n_subset, data):  # arrays: this device's part of those of `draw_groups`
         one_run = partial(train_and_test, n_subset=n_subset, images=data[0], labels=data[1])
         return jax.vmap(partial(one_run, n_classes=len(classes), training=training))(*arrays)
 
@@ -346,7 +346,7 @@ def read_runs(args, job, n_examples):
             old = json.loads(str(file["job"]))
             differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
             if differ:
-                raise ValueError(f"made with {'; '.join(differ)} ('algorithm': the code and JAX's version)")
+                raise ValueError(f"made with {'; '.join(differ)} ('algorithm' alone: code or JAX's version)")
             k, run = map(int, path.stem.split("-"))
             if run >= args.runs:
                 raise ValueError(f"it is beyond --runs: give --runs {run + 1} or more")
@@ -365,8 +365,8 @@ def save_runs(trained, args, job, n_missing):
                 path = args.runs_dir / f"{k}-{run}.npz"
                 if not path.exists():  # else another process has saved this run since `read_runs`
                     write(path, partial(save, correctness=of_run))
-            if not bar.n:  # first group: if a job of other settings began at the same time, its files are
-                read_runs(args, job, correctness.shape[1])  # here by now: a Problem; delete this job's files
+            if not bar.n:  # first group: if a process with other settings began at once, the later to save
+                read_runs(args, job, correctness.shape[1])  # ends by Problem; delete the files it has saved
             n_failed += (correctness < 1).all(axis=1).sum()  # models wrong on all that they held out
             accuracy = correctness[correctness >= 0].mean()
             bar.set_postfix(ratio=args.ratios[k], accuracy=accuracy, failed=n_failed, refresh=False)
@@ -406,10 +406,10 @@ def draw_figure(images, labels, scores, classes, columns=10):
 
 
 def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
-    """Write the scores, in the order of images; all results, in the original order if known; the figure."""
+    """Write the scores, in the order of images; all results, in original order, else tfds's; the figure."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
-    order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")  # None: of tfds
+    order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")
     results = {name: array[..., order] for name, array in results.items()}
     classes = np.unique(labels)
     figure = draw_figure(images, labels, scores, classes[:50])  # more can hardly be looked at
@@ -482,9 +482,9 @@ def main(argv=None):
         from matplotlib.image import imsave  # now, not after the last run
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
-    tqdm.set_lock(threading.RLock())  # by default also a multiprocessing lock; os._exit (below) leaks it
+    tqdm.set_lock(threading.RLock())  # its default holds a multiprocessing lock, which os._exit would leak
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # now aligned as JAX needs: a CPU's devices share this copy
+    images = np.asarray(jax.device_put(images))  # now aligned: `train_groups` shares it among a CPU's devices
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
