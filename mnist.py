@@ -168,7 +168,7 @@ def inner(x, weights):
 # === Many runs, on all devices ==================================================================
 def plan_groups(devices, max_missing, parallel_runs=None):
     """The devices to use (on a CPU, its cores), as a mesh "runs", and how many runs of one ratio train at
-    once, as a group: parallel_runs or what suits, at most the most missing at a ratio; fills the devices."""
+    once, as a group: parallel_runs or what suits, at most max_missing (at any ratio); filling the devices."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     n_at_once = max(1, min(parallel_runs or suitable, max_missing))  # 1 if none is missing
