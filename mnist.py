@@ -65,7 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    Own network: replace `init` and `predict`; params: any float pytree; --precision acts on `inner` alone."""
+    Own network: replace `init`, `predict`; params: any float pytree; only `linear` heeds --precision."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -78,14 +78,14 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; filler: copy of image N - 1.
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; index N comes as image N - 1.
     key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
     for weights, biases in hidden:
-        activations = jax.nn.relu(inner(activations, weights) + biases)
+        activations = jax.nn.relu(linear(activations, weights) + biases)
     weights, biases = last
-    return inner(activations, weights) + biases
+    return linear(activations, weights) + biases
 
 
 def loss(params, images, labels, key=None):
@@ -115,10 +115,10 @@ def train(params, key, train_batches, n_train_batches, images, labels, training)
 
 def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels, n_classes, training):
     """Train a run and test it: int8 [N], 1 where it predicts the label, 0 where not, -1 if not held out.
-    run, n_subset: traced, for one compilation; images, labels: as in `train`. `inner` reads the precision."""
+    run, n_subset: traced, for one compilation; images, labels: as in `train`; precision: read by `linear`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):  # for inner
+    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(~run)  # other seeds than those of `init`: -1, -2, ...
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
@@ -142,10 +142,10 @@ def cscores(n_heldout, n_correct):
         return np.nansum(profile, axis=0) / np.sum(n_heldout > 0, axis=0), profile
 
 
-def inner(x, weights):
+def linear(x, weights):
     """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds x, weights and, in the
     backward pass, the gradient of the result; JAX's own derivative would leave that gradient float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by train_and_test; JAX won't round for it
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # train_and_test sets it; JAX alone won't round
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -167,8 +167,8 @@ def inner(x, weights):
 
 # === Many runs, on all devices ==================================================================
 def plan_groups(devices, max_missing, parallel_runs=None):
-    """The devices to use (on a CPU, its cores), as a mesh "runs", and how many runs of one ratio train at
-    once, as a group: parallel_runs or what suits, at most max_missing (at any ratio); filling the devices."""
+    """The mesh of devices to use (on a CPU: cores), and group_size, how many runs of one ratio train at once:
+    parallel_runs or what suits, at most max_missing, the most at one ratio; rounded up to whole devices."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     n_at_once = max(1, min(parallel_runs or suitable, max_missing))  # 1 if none is missing
@@ -182,7 +182,7 @@ def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     and split over the mesh. A short group is filled up with copies of its last run."""
     with ThreadPoolExecutor() as drawers:
         for first in range(0, max(map(len, missing)), group_size):
-            for k, n_subset in enumerate(sizes):  # ratios in turn: high ones are slow; tqdm's ETA stays right
+            for k, n_subset in enumerate(sizes):  # ratios in turn: high ones are slow; so tqdm's ETA is right
                 if runs := missing[k][first : first + group_size]:
                     filled = runs + runs[-1:] * (group_size - len(runs))
                     draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
@@ -225,7 +225,7 @@ class Problem(Exception):
 
 
 @contextmanager
-def explained(what, advice="mend that, or use another --output-dir"):
+def explained(what, advice="use another --output-dir"):
     """Whatever goes wrong inside becomes a Problem that also says what was tried and what to do."""
     try:
         yield
@@ -320,8 +320,8 @@ def check_labels(labels, n_examples):
 
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
-    """What the counts depend on, as a dict: settings; "content", a hash of the data; "algorithm", one of a
-    run's batches and JAX's program, lowered for a CPU whatever the device: --part may use different ones."""
+    """What the counts depend on, as a dict: settings; "content", a hash of the data; "algorithm", a hash of
+    batches and JAX's program. That is lowered for a CPU on any device: parts on other devices must agree."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
@@ -349,7 +349,7 @@ def read_runs(args, job, n_examples):
                 raise ValueError(f"made with {'; '.join(differ)} ('algorithm' alone: code or JAX's version)")
             k, run = map(int, path.stem.split("-"))
             if run >= args.runs:
-                raise ValueError(f"it is beyond --runs: give --runs {run + 1} or more")
+                raise ValueError(f"it needs --runs {run + 1} or more")
             done[k, run], correctness = True, file["correctness"]
             n_heldout[k] += correctness >= 0
             n_correct[k] += correctness == 1
@@ -361,12 +361,12 @@ def save_runs(trained, args, job, n_missing):
     save, n_failed = partial(np.savez_compressed, job=json.dumps(job)), 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
+            if not bar.n:  # before its first group is saved: have others begun since, with other settings?
+                read_runs(args, job, correctness.shape[1])  # if so, raises Problem, before hours of work
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
                 if not path.exists():  # else another process has saved this run since `read_runs`
                     write(path, partial(save, correctness=of_run))
-            if not bar.n:  # first group: if a process with other settings began at once, the later to save
-                read_runs(args, job, correctness.shape[1])  # ends by Problem; delete the files it has saved
             n_failed += (correctness < 1).all(axis=1).sum()  # models wrong on all that they held out
             accuracy = correctness[correctness >= 0].mean()
             bar.set_postfix(ratio=args.ratios[k], accuracy=accuracy, failed=n_failed, refresh=False)
@@ -375,7 +375,7 @@ def save_runs(trained, args, job, n_missing):
 
 def write(path, save):
     """Write `path` by save(file), whole or not at all, even if the power fails; a kill may leave a tmp*/."""
-    with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:  # mkstemp: mode 0600
+    with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:  # no mkstemp: 0600
         with open(Path(new, path.name), "wb") as file:
             save(file)
             file.flush()
@@ -389,7 +389,7 @@ def write(path, save):
 
 # === Results ====================================================================================
 def draw_figure(images, labels, scores, classes, columns=10):
-    """A row for each of the classes: its highest-scored examples, left; its lowest, lowest first, right.
+    """A row for each of the classes: left its highest-scored examples; right its lowest, the lowest first.
     images: uint8 [N, height, width, channels]. Returns uint8 [..., 3]; NaN scores are not shown."""
     stride = math.ceil(max(images.shape[1:3]) / 100)
     images = images[:, ::stride, ::stride]  # larger ones would fill the memory
@@ -406,7 +406,7 @@ def draw_figure(images, labels, scores, classes, columns=10):
 
 
 def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
-    """Write the scores, in the order of images; all results, in original order, else tfds's; the figure."""
+    """Write scores in the order of `images`; results in original order (unknown: in tfds's); the figure."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
     order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")
@@ -484,7 +484,7 @@ def main(argv=None):
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     tqdm.set_lock(threading.RLock())  # its default holds a multiprocessing lock, which os._exit would leak
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # now aligned: `train_groups` shares it among a CPU's devices
+    images = np.asarray(jax.device_put(images))  # aligned, so that a CPU's devices share it without copies
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")

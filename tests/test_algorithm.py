@@ -320,7 +320,7 @@ def test_dropout_does_not_depend_on_the_group(dropout, monkeypatch):
 
 
 def products_in_float64(x, weights, gradient):
-    """The product of `inner`, its gradients with respect to x and weights, and the sums of absolute products
+    """The product of `linear`, its gradients with respect to x and weights, and the sums of absolute products
     that each element of the three adds up, hence to which its error is relative."""
     products = lambda x, w, g: (x @ w.T, g @ w, g.T @ x)  # noqa: E731
     factors = [np.asarray(factor, np.float64) for factor in (x, weights, gradient)]
@@ -336,9 +336,9 @@ def test_bfloat16_rounds_the_factors_of_a_product_and_nothing_else(in_group):
     def inner_and_gradients(precision):
         with jax.default_matmul_precision(precision):
             if not in_group:
-                product, gradients = jax.vjp(mnist.inner, x, weights)
+                product, gradients = jax.vjp(mnist.linear, x, weights)
                 return product, *gradients(gradient)
-            product, gradients = jax.vjp(jax.vmap(mnist.inner), x[None], weights[None])
+            product, gradients = jax.vjp(jax.vmap(mnist.linear), x[None], weights[None])
             return [array[0] for array in (product, *gradients(gradient[None]))]
 
     rounded = [factor.astype(jnp.bfloat16) for factor in factors]
@@ -390,7 +390,7 @@ def test_float32_is_the_plain_product(digits, monkeypatch):
         return one_run.lower(*arguments).as_text()
 
     float32, bfloat16 = program("float32"), program("bfloat16")
-    monkeypatch.setattr(mnist, "inner", jnp.inner)
+    monkeypatch.setattr(mnist, "linear", jnp.inner)
     assert program("float32") == float32
     assert "bf16" not in float32 and "bf16" in bfloat16
 
