@@ -65,7 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    Own network: replace `init`, `predict`; params: any float pytree; only `linear` heeds --precision."""
+    Own network: replace `init`, `predict`; params: any float pytree; --precision acts in `linear` alone."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -78,7 +78,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; index N comes as image N - 1.
+    """Logits float32 [B, classes] of uint8 images [B, height, width, channels]. Filler comes as image N - 1.
     key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
@@ -115,10 +115,10 @@ def train(params, key, train_batches, n_train_batches, images, labels, training)
 
 def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels, n_classes, training):
     """Train a run and test it: int8 [N], 1 where it predicts the label, 0 where not, -1 if not held out.
-    run, n_subset: traced, for one compilation; images, labels: as in `train`; precision: read by `linear`."""
+    run, n_subset: traced, for one compilation; images, labels: as in `train`; precision acts in `linear`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):
+    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):  # for linear
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(~run)  # other seeds than those of `init`: -1, -2, ...
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
@@ -145,7 +145,7 @@ def cscores(n_heldout, n_correct):
 def linear(x, weights):
     """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds x, weights and, in the
     backward pass, the gradient of the result; JAX's own derivative would leave that gradient float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # train_and_test sets it; JAX alone won't round
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by train_and_test; CPU, GPU ignore it
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -168,7 +168,7 @@ def linear(x, weights):
 # === Many runs, on all devices ==================================================================
 def plan_groups(devices, max_missing, parallel_runs=None):
     """The mesh of devices to use (on a CPU: cores), and group_size, how many runs of one ratio train at once:
-    parallel_runs or what suits, at most max_missing, the most at one ratio; rounded up to whole devices."""
+    parallel_runs or what suits, at most the max_missing runs of a ratio; a multiple of the mesh's size."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     n_at_once = max(1, min(parallel_runs or suitable, max_missing))  # 1 if none is missing
@@ -182,7 +182,7 @@ def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     and split over the mesh. A short group is filled up with copies of its last run."""
     with ThreadPoolExecutor() as drawers:
         for first in range(0, max(map(len, missing)), group_size):
-            for k, n_subset in enumerate(sizes):  # ratios in turn: high ones are slow; so tqdm's ETA is right
+            for k, n_subset in enumerate(sizes):  # all ratios by turns: as high ones are slow, for tqdm's ETA
                 if runs := missing[k][first : first + group_size]:
                     filled = runs + runs[-1:] * (group_size - len(runs))
                     draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
@@ -321,7 +321,7 @@ def check_labels(labels, n_examples):
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
     """What the counts depend on, as a dict: settings; "content", a hash of the data; "algorithm", a hash of
-    batches and JAX's program. That is lowered for a CPU on any device: parts on other devices must agree."""
+    batches and JAX's program, lowered for a CPU on any device, so that --part on other devices agrees."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
@@ -361,7 +361,7 @@ def save_runs(trained, args, job, n_missing):
     save, n_failed = partial(np.savez_compressed, job=json.dumps(job)), 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if not bar.n:  # before its first group is saved: have others begun since, with other settings?
+            if not bar.n:  # first group, none saved yet: have others begun since, with other settings?
                 read_runs(args, job, correctness.shape[1])  # if so, raises Problem, before hours of work
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
@@ -375,7 +375,7 @@ def save_runs(trained, args, job, n_missing):
 
 def write(path, save):
     """Write `path` by save(file), whole or not at all, even if the power fails; a kill may leave a tmp*/."""
-    with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:  # no mkstemp: 0600
+    with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:  # mkstemp: mode 0600
         with open(Path(new, path.name), "wb") as file:
             save(file)
             file.flush()
@@ -406,7 +406,7 @@ def draw_figure(images, labels, scores, classes, columns=10):
 
 
 def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
-    """Write scores in the order of `images`; results in original order (unknown: in tfds's); the figure."""
+    """Write scores in the order of `images`; results in original order, or tfds's if unknown; the figure."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
     order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")
@@ -484,7 +484,7 @@ def main(argv=None):
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     tqdm.set_lock(threading.RLock())  # its default holds a multiprocessing lock, which os._exit would leak
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # aligned, so that a CPU's devices share it without copies
+    images = np.asarray(jax.device_put(images))  # now aligned: a CPU's devices will share it without copies
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
