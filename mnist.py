@@ -78,7 +78,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of uint8 images [B, height, width, channels]. Filler comes as image N - 1.
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; the filler is some image too.
     key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
@@ -115,7 +115,7 @@ def train(params, key, train_batches, n_train_batches, images, labels, training)
 
 def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels, n_classes, training):
     """Train a run and test it: int8 [N], 1 where it predicts the label, 0 where not, -1 if not held out.
-    run, n_subset: traced, for one compilation; images, labels: as in `train`; precision acts in `linear`."""
+    run, n_subset: traced, for one compilation; images, labels: as in `train`; `linear` reads the precision."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
     with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):  # for linear
@@ -168,7 +168,7 @@ def linear(x, weights):
 # === Many runs, on all devices ==================================================================
 def plan_groups(devices, max_missing, parallel_runs=None):
     """The mesh of devices to use (on a CPU: cores), and group_size, how many runs of one ratio train at once:
-    parallel_runs or what suits, at most the max_missing runs of a ratio; a multiple of the mesh's size."""
+    parallel_runs or what suits, at most max_missing (the most missing at one ratio); up to whole devices."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     n_at_once = max(1, min(parallel_runs or suitable, max_missing))  # 1 if none is missing
@@ -321,7 +321,7 @@ def check_labels(labels, n_examples):
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
     """What the counts depend on, as a dict: settings; "content", a hash of the data; "algorithm", a hash of
-    batches and JAX's program, lowered for a CPU on any device, so that --part on other devices agrees."""
+    batches and JAX's program, lowered for a CPU even on a GPU, so that it is the same for parts on both."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
@@ -349,7 +349,7 @@ def read_runs(args, job, n_examples):
                 raise ValueError(f"made with {'; '.join(differ)} ('algorithm' alone: code or JAX's version)")
             k, run = map(int, path.stem.split("-"))
             if run >= args.runs:
-                raise ValueError(f"it needs --runs {run + 1} or more")
+                raise ValueError(f"it needs --runs {run + 1} or more; failing that")
             done[k, run], correctness = True, file["correctness"]
             n_heldout[k] += correctness >= 0
             n_correct[k] += correctness == 1
@@ -361,7 +361,7 @@ def save_runs(trained, args, job, n_missing):
     save, n_failed = partial(np.savez_compressed, job=json.dumps(job)), 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if not bar.n:  # first group, none saved yet: have others begun since, with other settings?
+            if not bar.n:  # before the first save: has a job of other settings saved runs since main looked?
                 read_runs(args, job, correctness.shape[1])  # if so, raises Problem, before hours of work
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
@@ -484,7 +484,7 @@ def main(argv=None):
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     tqdm.set_lock(threading.RLock())  # its default holds a multiprocessing lock, which os._exit would leak
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # now aligned: a CPU's devices will share it without copies
+    images = np.asarray(jax.device_put(images))  # JAX's aligned copy: all devices of a CPU can share this one
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
