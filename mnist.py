@@ -78,7 +78,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; the filler is some image too.
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; filler: the last image.
     key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
@@ -115,7 +115,7 @@ def train(params, key, train_batches, n_train_batches, images, labels, training)
 
 def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels, n_classes, training):
     """Train a run and test it: int8 [N], 1 where it predicts the label, 0 where not, -1 if not held out.
-    run, n_subset: traced, for one compilation; images, labels: as in `train`; `linear` reads the precision."""
+    run, n_subset: traced, for one compilation; images, labels: as in `train`; `linear` reads JAX's config."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
     with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):  # for linear
@@ -145,7 +145,7 @@ def cscores(n_heldout, n_correct):
 def linear(x, weights):
     """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds x, weights and, in the
     backward pass, the gradient of the result; JAX's own derivative would leave that gradient float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by train_and_test; CPU, GPU ignore it
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # from train_and_test; no-op on a CPU or GPU
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -168,7 +168,7 @@ def linear(x, weights):
 # === Many runs, on all devices ==================================================================
 def plan_groups(devices, max_missing, parallel_runs=None):
     """The mesh of devices to use (on a CPU: cores), and group_size, how many runs of one ratio train at once:
-    parallel_runs or what suits, at most max_missing (the most missing at one ratio); up to whole devices."""
+    parallel_runs or what suits, at most max_missing (the most at one ratio), rounded up to whole devices."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     n_at_once = max(1, min(parallel_runs or suitable, max_missing))  # 1 if none is missing
@@ -179,10 +179,10 @@ def plan_groups(devices, max_missing, parallel_runs=None):
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     """Draw the batches of groups. missing[k]: the runs to do at ratios[k], a list; sizes[k]: a subset's size.
     Yields (k, runs, arrays), the arrays being runs, train_batches and heldout_batches, each [group_size, ...]
-    and split over the mesh. A short group is filled up with copies of its last run."""
+    and split over the mesh. A short group is filled up with copies of its last run, in the arrays alone."""
     with ThreadPoolExecutor() as drawers:
         for first in range(0, max(map(len, missing)), group_size):
-            for k, n_subset in enumerate(sizes):  # all ratios by turns: as high ones are slow, for tqdm's ETA
+            for k, n_subset in enumerate(sizes):  # ratios by turns, for tqdm's ETA: the high ones are slow
                 if runs := missing[k][first : first + group_size]:
                     filled = runs + runs[-1:] * (group_size - len(runs))
                     draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
@@ -233,7 +233,7 @@ def explained(what, advice="use another --output-dir"):
         raise Problem(f"{what} ({str(error)[:500] or repr(error)}): {advice}") from error
 
 
-@np.errstate(invalid="ignore")  # no warning when a NaN among pixels or labels is cast or compared
+@np.errstate(invalid="ignore")  # no warning when a NaN label or a pixel out of range is cast or compared
 def load(dataset, data_dir=None):
     """Load the training examples of an .npz file, of scikit-learn's `digits` or of a tfds data set.
     Returns images uint8 [N, height, width, channels]; labels, integers [N]; and original int64 [N], the index
@@ -321,7 +321,7 @@ def check_labels(labels, n_examples):
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
     """What the counts depend on, as a dict: settings; "content", a hash of the data; "algorithm", a hash of
-    batches and JAX's program, lowered for a CPU even on a GPU, so that it is the same for parts on both."""
+    batches and JAX's program, lowered for a CPU even on a GPU, so that each --part may run on either."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
@@ -346,10 +346,10 @@ def read_runs(args, job, n_examples):
             old = json.loads(str(file["job"]))
             differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
             if differ:
-                raise ValueError(f"made with {'; '.join(differ)} ('algorithm' alone: code or JAX's version)")
+                raise ValueError(f"made with {'; '.join(differ)} (if just 'algorithm': other code or JAX)")
             k, run = map(int, path.stem.split("-"))
             if run >= args.runs:
-                raise ValueError(f"it needs --runs {run + 1} or more; failing that")
+                raise ValueError(f"it is of a job of --runs {run + 1} or more")
             done[k, run], correctness = True, file["correctness"]
             n_heldout[k] += correctness >= 0
             n_correct[k] += correctness == 1
@@ -375,8 +375,8 @@ def save_runs(trained, args, job, n_missing):
 
 def write(path, save):
     """Write `path` by save(file), whole or not at all, even if the power fails; a kill may leave a tmp*/."""
-    with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:  # mkstemp: mode 0600
-        with open(Path(new, path.name), "wb") as file:
+    with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:
+        with open(Path(new, path.name), "wb") as file:  # in a directory, as mkstemp's file would be mode 0600
             save(file)
             file.flush()
             try:
@@ -406,7 +406,7 @@ def draw_figure(images, labels, scores, classes, columns=10):
 
 
 def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
-    """Write scores in the order of `images`; results in original order, or tfds's if unknown; the figure."""
+    """Write cscores.npy in the order of `images`, the .npz in original order, if known, and the figure."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
     order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")
@@ -484,7 +484,7 @@ def main(argv=None):
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     tqdm.set_lock(threading.RLock())  # its default holds a multiprocessing lock, which os._exit would leak
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # JAX's aligned copy: all devices of a CPU can share this one
+    images = np.asarray(jax.device_put(images))  # aligned by JAX: train_groups' CPU devices share this copy
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")

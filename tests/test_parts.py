@@ -309,7 +309,7 @@ def test_a_whole_job_beside_a_part(whole, tmp_path, monkeypatch, capsys, ends_la
         ("--epochs", 3, "epochs 2, not 3"),
         ("--batch-size", 100, "batch_size 128, not 100"),
         ("--precision", "bfloat16", "precision float32, not bfloat16"),
-        ("--runs", 6, "needs --runs 7 or more"),
+        ("--runs", 6, "of a job of --runs 7 or more"),
     ],
 )
 @pytest.mark.parametrize("part", [("--part", 1, 3), ("--part", 0, 3), ("--part", 0, 1)], ids=str)

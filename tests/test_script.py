@@ -228,7 +228,7 @@ def test_extend_by_more_runs(finished, tmp_path, capsys):
     assert "16/16" in capsys.readouterr().err, "the others were there"
     assert same_results(tmp_path, finished[0]) and same_runs(tmp_path, finished[0])
     before = contents(tmp_path)
-    assert "needs --runs 12 or more" in error_here(*SMALL, "--runs", 11, "--output-dir", tmp_path)
+    assert "of a job of --runs 12 or more" in error_here(*SMALL, "--runs", 11, "--output-dir", tmp_path)
     assert contents(tmp_path) == before
 
 
