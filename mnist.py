@@ -78,7 +78,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; fillers show image N - 1.
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; for filler, the last of all.
     key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
@@ -145,7 +145,7 @@ def cscores(n_heldout, n_correct):
 def linear(x, weights):
     """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds x, weights and, in the
     backward pass, the gradient of the result; JAX's own derivative would leave that gradient float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # set in train_and_test to tell --precision
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by train_and_test; JAX heeds it on a TPU
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -179,7 +179,7 @@ def plan_groups(devices, max_missing, parallel_runs=None):
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     """Draw the batches of groups. missing[k]: the runs to do at ratios[k], a list; sizes[k]: a subset's size.
     Yields (k, runs, arrays), the arrays being runs, train_batches and heldout_batches, each [group_size, ...]
-    and split over the mesh. A short group is filled up with copies of its last run, in the arrays alone."""
+    and split over the mesh. In the arrays, not in `runs`, copies of the last run fill up a short group."""
     with ThreadPoolExecutor() as drawers:
         for first in range(0, max(map(len, missing)), group_size):
             for k, n_subset in enumerate(sizes):  # ratios by turns, for tqdm's ETA: the high ones are slow
@@ -321,7 +321,7 @@ def check_labels(labels, n_examples):
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
     """What saved runs must agree in, a dict: settings; "content", a hash of the data; "algorithm", a hash of
-    batches and JAX's program, lowered for a CPU even on a GPU, so that each --part may run on either."""
+    run 1's batches and JAX's program, as for a CPU even on a GPU, so that each --part may run on either."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
@@ -357,12 +357,12 @@ def read_runs(args, job, n_examples):
 
 
 def save_runs(trained, args, job, n_missing):
-    """Save each run in a file K-RUN.npz, as groups are trained; show how many of all n_missing are saved."""
+    """Save each run in a file k-run.npz, as groups are trained; show how many of all n_missing are saved."""
     save, n_failed = partial(np.savez_compressed, job=json.dumps(job)), 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if not bar.n:  # before the first save: has a job of other settings saved runs since main looked?
-                read_runs(args, job, correctness.shape[1])  # if so, raises Problem, before hours of work
+            if not bar.n:  # the first group: has a job of other settings saved runs since main's `read_runs`?
+                read_runs(args, job, correctness.shape[1])  # then a Problem now, not after the last group
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
                 if not path.exists():  # else another process has saved this run since `read_runs`
@@ -375,7 +375,7 @@ def save_runs(trained, args, job, n_missing):
 
 def write(path, save):
     """Write `path` by save(file), whole or not at all, even if the power fails; a kill may leave a tmp*/."""
-    with explained(f"cannot write {path}"), TemporaryDirectory(dir=path.parent) as new:
+    with explained(f"cannot write {path}", "mend that and retry"), TemporaryDirectory(dir=path.parent) as new:
         with open(Path(new, path.name), "wb") as file:  # in a directory, as mkstemp's file would be mode 0600
             save(file)
             file.flush()
@@ -435,7 +435,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--dataset", default="mnist", help="FILE.npz, digits or a labeled set of tfds (default %(default)s)")
     add("--data-dir", help="where tfds keeps its data (default $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
-    add("--output-dir", type=Path, default=".", help="created if missing (default %(default)s)")
+    add("--output-dir", type=Path, default=".", help="made if missing (default %(default)s)")
     add("--ratios", type=float, nargs="+", default=[k / 10 for k in range(1, 10)], help="default 0.1 ... 0.9")
     add("--runs", type=int, default=200, help="models at each ratio; may grow later (default %(default)s)")
     for name, x in Training()._asdict().items():
@@ -484,7 +484,7 @@ def main(argv=None):
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     tqdm.set_lock(threading.RLock())  # its default holds a multiprocessing lock, which os._exit would leak
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # aligned by JAX: train_groups' CPU devices share this copy
+    images = np.asarray(jax.device_put(images))  # in aligned memory, which JAX's CPU devices share uncopied
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")

@@ -363,7 +363,7 @@ def test_disk_full(finished, tmp_path):
     code = "import multiprocessing; multiprocessing.set_start_method('forkserver')"
     (tmp_path / "sitecustomize.py").write_text(code)
     line = script_error(*JOB, "--output-dir", out, through=limit, env={"PYTHONPATH": str(tmp_path)})
-    assert "File too large" in line and "use another --output-dir" in line and "parallel" not in line
+    assert "File too large" in line and "mend that and retry" in line and "parallel" not in line
     assert contents(out) == before
     run_here(*JOB, "--output-dir", out)
     assert same_results(out, finished[0])
@@ -431,7 +431,7 @@ def test_a_disk_that_does_not_take_the_file(tiny, tmp_path, monkeypatch, error):
     watch_the_disk(monkeypatch, out, fails=getattr(errno, error))
     line = error_here(*SMALL, "--runs", 4, "--output-dir", out)
     assert line.startswith(f"cannot write {run_file(out, 0, 2)} (")
-    assert os.strerror(getattr(errno, error)) in line and line.endswith("use another --output-dir")
+    assert os.strerror(getattr(errno, error)) in line and line.endswith("mend that and retry")
     assert contents(out) == before
 
 
