@@ -78,7 +78,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; for filler, the last of all.
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; filler shows the last image.
     key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
@@ -145,7 +145,7 @@ def cscores(n_heldout, n_correct):
 def linear(x, weights):
     """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds x, weights and, in the
     backward pass, the gradient of the result; JAX's own derivative would leave that gradient float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by train_and_test; JAX heeds it on a TPU
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by train_and_test; only a TPU obeys it
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -168,7 +168,7 @@ def linear(x, weights):
 # === Many runs, on all devices ==================================================================
 def plan_groups(devices, max_missing, parallel_runs=None):
     """The mesh of devices to use (on a CPU: cores), and group_size, how many runs of one ratio train at once:
-    parallel_runs or what suits, at most max_missing (most runs to do at one ratio), in whole devices."""
+    parallel_runs or what suits, at most max_missing (most runs to do at one ratio), rounded up."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     n_at_once = max(1, min(parallel_runs or suitable, max_missing))  # 1 if none is missing
@@ -178,7 +178,7 @@ def plan_groups(devices, max_missing, parallel_runs=None):
 
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     """Draw the batches of groups. missing[k]: the runs to do at ratios[k], a list; sizes[k]: a subset's size.
-    Yields (k, runs, arrays), the arrays being runs, train_batches and heldout_batches, each [group_size, ...]
+    Yields (k, runs, arrays), arrays being run numbers, train_batches, heldout_batches, each [group_size, ...]
     and split over the mesh. In the arrays, not in `runs`, copies of the last run fill up a short group."""
     with ThreadPoolExecutor() as drawers:
         for first in range(0, max(map(len, missing)), group_size):
@@ -321,7 +321,7 @@ def check_labels(labels, n_examples):
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
     """What saved runs must agree in, a dict: settings; "content", a hash of the data; "algorithm", a hash of
-    run 1's batches and JAX's program, as for a CPU even on a GPU, so that each --part may run on either."""
+    run 1's batches and of JAX's program, lowered for a CPU even on a GPU: each --part may run on either."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
@@ -409,7 +409,7 @@ def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
     """Write cscores.npy in the order of `images`, the .npz in original order, if known, and the figure."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
-    order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")
+    order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")  # None: of tfds
     results = {name: array[..., order] for name, array in results.items()}
     classes = np.unique(labels)
     figure = draw_figure(images, labels, scores, classes[:50])  # more can hardly be looked at
@@ -484,7 +484,7 @@ def main(argv=None):
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     tqdm.set_lock(threading.RLock())  # its default holds a multiprocessing lock, which os._exit would leak
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # in aligned memory, which JAX's CPU devices share uncopied
+    images = np.asarray(jax.device_put(images))  # aligned: CPU devices share it, uncopied, in train_groups
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
@@ -504,7 +504,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # Python would put Ctrl-C off until the devices are done
+    for number in (signal.SIGINT, signal.SIGTERM):  # else Ctrl-C waits for devices; process 1 ignores SIGTERM
         signal.signal(number, lambda signum, frame: os._exit(128 + signum))
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if it is closed)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
