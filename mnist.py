@@ -78,7 +78,7 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; filler shows the last image.
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; filler rows hold image N - 1.
     key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
@@ -118,7 +118,7 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
     run, n_subset: traced, for one compilation; images, labels: as in `train`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):  # for linear
+    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):  # see linear
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(~run)  # other seeds than those of `init`: -1, -2, ...
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
@@ -145,7 +145,7 @@ def cscores(n_heldout, n_correct):
 def linear(x, weights):
     """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds x, weights and, in the
     backward pass, the gradient of the result; JAX's own derivative would leave that gradient float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by train_and_test; only a TPU obeys it
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # from train_and_test; off TPUs, JAX ignores it
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -168,7 +168,7 @@ def linear(x, weights):
 # === Many runs, on all devices ==================================================================
 def plan_groups(devices, max_missing, parallel_runs=None):
     """The mesh of devices to use (on a CPU: cores), and group_size, how many runs of one ratio train at once:
-    parallel_runs or what suits, at most max_missing (most runs to do at one ratio), rounded up."""
+    parallel_runs or what suits, at most max_missing (most to do at a ratio), rounded up to whole devices."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     n_at_once = max(1, min(parallel_runs or suitable, max_missing))  # 1 if none is missing
@@ -198,7 +198,7 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     by_run, to_all = jax.P("runs"), jax.P()
     data = jax.device_put((images, labels.astype(np.int32)), jax.NamedSharding(mesh, to_all))
 
-    def train_on_device(arrays, n_subset, data):  # arrays: this device's part of those of `draw_groups`
+    def train_on_device(arrays, n_subset, data):  # arrays: this device's runs, train_batches, heldout_batches
         one_run = partial(train_and_test, n_subset=n_subset, images=data[0], labels=data[1])
         return jax.vmap(partial(one_run, n_classes=len(classes), training=training))(*arrays)
 
@@ -361,8 +361,8 @@ def save_runs(trained, args, job, n_missing):
     save, n_failed = partial(np.savez_compressed, job=json.dumps(job)), 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if not bar.n:  # the first group: has a job of other settings saved runs since main's `read_runs`?
-                read_runs(args, job, correctness.shape[1])  # then a Problem now, not after the last group
+            if not bar.n:  # first group: if a job of other settings has saved runs since main looked, this
+                read_runs(args, job, correctness.shape[1])  # raises Problem now, not after the last group
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
                 if not path.exists():  # else another process has saved this run since `read_runs`
