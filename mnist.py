@@ -118,7 +118,7 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
     run, n_subset: traced, for one compilation; images, labels: as in `train`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):  # see linear
+    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):  # for linear
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(~run)  # other seeds than those of `init`: -1, -2, ...
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
@@ -143,8 +143,8 @@ def cscores(n_heldout, n_correct):
 
 
 def linear(x, weights):
-    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. bfloat16 rounds x, weights and, in the
-    backward pass, the gradient of the result; JAX's own derivative would leave that gradient float32."""
+    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. --precision bfloat16 rounds x, weights
+    and, backward, the gradient of the result, which JAX's own derivative would leave float32."""
     if jax.config.jax_default_matmul_precision != "bfloat16":  # from train_and_test; off TPUs, JAX ignores it
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
@@ -168,7 +168,7 @@ def linear(x, weights):
 # === Many runs, on all devices ==================================================================
 def plan_groups(devices, max_missing, parallel_runs=None):
     """The mesh of devices to use (on a CPU: cores), and group_size, how many runs of one ratio train at once:
-    parallel_runs or what suits, at most max_missing (most to do at a ratio), rounded up to whole devices."""
+    parallel_runs or what suits, at most max_missing (most unsaved per ratio), rounded up to whole devices."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     n_at_once = max(1, min(parallel_runs or suitable, max_missing))  # 1 if none is missing
@@ -361,8 +361,8 @@ def save_runs(trained, args, job, n_missing):
     save, n_failed = partial(np.savez_compressed, job=json.dumps(job)), 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if not bar.n:  # first group: if a job of other settings has saved runs since main looked, this
-                read_runs(args, job, correctness.shape[1])  # raises Problem now, not after the last group
+            if not bar.n:  # first group: a job of other settings may have saved runs since main looked
+                read_runs(args, job, correctness.shape[1])  # if so, Problem now, not after the last group
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
                 if not path.exists():  # else another process has saved this run since `read_runs`
@@ -409,7 +409,7 @@ def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
     """Write cscores.npy in the order of `images`, the .npz in original order, if known, and the figure."""
     scores, profile = cscores(n_heldout, n_correct)
     results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
-    order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")  # None: of tfds
+    order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")  # tfds's order
     results = {name: array[..., order] for name, array in results.items()}
     classes = np.unique(labels)
     figure = draw_figure(images, labels, scores, classes[:50])  # more can hardly be looked at
@@ -484,7 +484,7 @@ def main(argv=None):
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     tqdm.set_lock(threading.RLock())  # its default holds a multiprocessing lock, which os._exit would leak
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # aligned: CPU devices share it, uncopied, in train_groups
+    images = np.asarray(jax.device_put(images))  # device_put aligns it: CPU devices then share it, uncopied
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
