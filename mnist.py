@@ -145,7 +145,7 @@ def cscores(n_heldout, n_correct):
 def linear(x, weights):
     """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. --precision bfloat16 rounds x, weights
     and, backward, the gradient of the result, which JAX's own derivative would leave float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # from train_and_test; off TPUs, JAX ignores it
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by train_and_test; only TPUs heed it
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -277,7 +277,7 @@ def load_tfds(dataset, data_dir):
             raise
         examples = tfds.load(dataset, **read)  # another process has prepared it meanwhile
     images, labels = next(iter(tfds.as_numpy(examples.batch(len(examples)))))
-    # tfds sorts a split by the hash of each example's key; for these sets, the key is its original index.
+    # tfds sorts a split by its keys' hashes; in these sets, keys are original indices: argsort sorts them so.
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
     hashes = map(Hasher("train").hash_key, range(len(labels)))
     original = np.argsort([*hashes]) if dataset.split(":")[0].split("/")[0] in by_index else None
@@ -361,7 +361,7 @@ def save_runs(trained, args, job, n_missing):
     save, n_failed = partial(np.savez_compressed, job=json.dumps(job)), 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if not bar.n:  # first group: a job of other settings may have saved runs since main looked
+            if not bar.n:  # before the first save, look again: a job of other settings may have saved since
                 read_runs(args, job, correctness.shape[1])  # if so, Problem now, not after the last group
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
@@ -484,7 +484,7 @@ def main(argv=None):
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     tqdm.set_lock(threading.RLock())  # its default holds a multiprocessing lock, which os._exit would leak
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # device_put aligns it: CPU devices then share it, uncopied
+    images = np.asarray(jax.device_put(images))  # now aligned as JAX wants it, else each core would copy it
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
@@ -504,7 +504,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # else Ctrl-C waits for devices; process 1 ignores SIGTERM
+    for number in (signal.SIGINT, signal.SIGTERM):  # else Ctrl-C waits for devices, and PID 1 ignores SIGTERM
         signal.signal(number, lambda signum, frame: os._exit(128 + signum))
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if it is closed)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
