@@ -167,13 +167,13 @@ def linear(x, weights):
 
 # === Many runs, on all devices ==================================================================
 def plan_groups(devices, max_missing, parallel_runs=None):
-    """The mesh of devices to use (on a CPU: cores), and group_size, how many runs of one ratio train at once:
-    parallel_runs or what suits, at most max_missing (most unsaved per ratio), rounded up to whole devices."""
+    """The mesh of devices to use (on a CPU: cores), and the size of a group: how many runs train at once.
+    parallel_runs: how many are wanted, or None for what suits; max_missing: the most unsaved at a ratio."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
     n_at_once = max(1, min(parallel_runs or suitable, max_missing))  # 1 if none is missing
     mesh = jax.sharding.Mesh(devices[:n_at_once], "runs")
-    return mesh, math.ceil(n_at_once / mesh.size) * mesh.size
+    return mesh, math.ceil(n_at_once / mesh.size) * mesh.size  # as many on each device
 
 
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
