@@ -196,11 +196,11 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     images: uint8 [N, height, width, channels]; labels: integers [N]."""
     classes, labels = np.unique(labels, return_inverse=True)
     by_run, to_all = jax.P("runs"), jax.P()
-    data = jax.device_put((images, labels.astype(np.int32)), jax.NamedSharding(mesh, to_all))
+    data = jax.device_put(dict(images=images, labels=np.int32(labels)), jax.NamedSharding(mesh, to_all))
+    one_run = partial(train_and_test, n_classes=len(classes), training=training)
 
     def train_on_device(arrays, n_subset, data):  # arrays: this device's runs, train_batches, heldout_batches
-        one_run = partial(train_and_test, n_subset=n_subset, images=data[0], labels=data[1])
-        return jax.vmap(partial(one_run, n_classes=len(classes), training=training))(*arrays)
+        return jax.vmap(partial(one_run, n_subset=n_subset, **data))(*arrays)
 
     # check_vma=False: else JAX refuses loops whose state starts as a constant, the same on all devices.
     specs = dict(in_specs=(by_run, to_all, to_all), out_specs=by_run, check_vma=False)
