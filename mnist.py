@@ -436,7 +436,7 @@ def parse_args(argv=None):
     add("--dataset", default="mnist", help="FILE.npz, digits or a labeled set of tfds (default %(default)s)")
     add("--data-dir", help="where tfds keeps its data (default $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
     add("--output-dir", type=Path, default=".", help="for runs and results (default %(default)s)")
-    add("--ratios", type=float, nargs="+", default=[k / 10 for k in range(1, 10)], help="of subsets, .1-.9")
+    add("--ratios", type=float, nargs="+", default=[k / 10 for k in range(1, 10)], help="of subsets (.1-.9)")
     add("--runs", type=int, default=200, help="models at each ratio; may grow later (default %(default)s)")
     for name, x in Training()._asdict().items():
         how = dict(choices=("float32", "bfloat16")) if name == "precision" else dict(type=type(x))
