@@ -14,12 +14,12 @@ a random subset of the N examples; the subset's share of them is the subset rati
 """
 
 import argparse
-import errno
 import hashlib
 import json
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -42,7 +42,7 @@ class Training(NamedTuple):  # settings of SGD with momentum; each is a command-
     batch_size: int = 128  # examples in a step
     learning_rate: float = 0.1
     momentum: float = 0.9
-    precision: str = "float32"  # of matrix products: float32 (JAX's default: TF32 on a GPU) or bfloat16
+    precision: str = "float32"  # of matrix products: float32 (on a GPU: TF32, JAX's default) or bfloat16
 
 
 def draw_batches(run, n_examples, n_subset, training):
@@ -65,21 +65,21 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    Own network: replace `init`, `predict`; params: any float pytree; --precision acts in `linear` alone."""
-    glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)
+    For a network of your own, replace `init` and `predict`; its params may be any pytree of floats."""
+    glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)  # [out, in]: faster on a CPU
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
     params = []
     for (key_weights, key_biases), n_in, n_out in zip(keys, widths, widths[1:]):
-        weights = glorot(key_weights, (n_out, n_in), jnp.float32)  # [out, in]: measured faster on a CPU
+        weights = glorot(key_weights, (n_out, n_in), jnp.float32)
         biases = 0.01 * jax.random.normal(key_biases, (n_out,), jnp.float32)  # as in the authors' code
         params.append((weights, biases))
     return params
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]; filler rows hold image N - 1.
-    key: for dropout or random shifts, which this network has not; a new one for each step, None in tests."""
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels], some of which may be filler:
+    no row may depend on another. key: for dropout or random shifts, new for each step; None when testing."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
     for weights, biases in hidden:
@@ -97,14 +97,16 @@ def loss(params, images, labels, key=None):
 
 def train(params, key, train_batches, n_train_batches, images, labels, training):
     """The params after SGD with momentum over the first n_train_batches of each epoch, which hold the subset.
-    images: uint8 [N, height, width, channels]; labels: int32 [N]."""
+    images: uint8 [N, height, width, channels]; labels: int32 [N]; n_train_batches: traced."""
 
     def step(i, state):
         params, velocity = state
         batch = train_batches[i // n_train_batches, i % n_train_batches]
-        # JAX clamps images[N] to the last image; the label -1 keeps that filler from counting.
-        labels_of_batch = labels.at[batch].get(mode="fill", fill_value=-1)
-        grads = jax.grad(loss)(params, images[batch], labels_of_batch, jax.random.fold_in(key, i))
+        images_of_batch = images.at[batch].get(mode="clip")  # for the filler N, the last image
+        labels_of_batch = labels.at[batch].get(
+            mode="fill", fill_value=-1
+        )  # and the label -1: it will not count
+        grads = jax.grad(loss)(params, images_of_batch, labels_of_batch, jax.random.fold_in(key, i))
         velocity = jax.tree.map(lambda v, g: training.momentum * v + g, velocity, grads)
         params = jax.tree.map(lambda p, v: p - training.learning_rate * v, params, velocity)
         return params, velocity
@@ -118,15 +120,16 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
     run, n_subset: traced, for one compilation; images, labels: as in `train`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):  # for linear
+    # A setting of JAX's, which `linear` looks at: so `predict` needs no argument for it.
+    with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(~run)  # other seeds than those of `init`: -1, -2, ...
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
 
         def test(i, correctness):
             batch = heldout_batches[i]
-            logits = predict(params, images[batch])
-            finite = jnp.isfinite(logits).all(axis=-1)  # if not, the model has diverged: argmax would be 0
+            logits = predict(params, images.at[batch].get(mode="clip"))
+            finite = jnp.isfinite(logits).all(axis=-1)  # else the model has diverged, and argmax says class 0
             correct = finite & (logits.argmax(axis=-1) == labels[batch])
             return correctness.at[batch].set(correct.astype(jnp.int8), mode="drop")  # drops the filler
 
@@ -139,13 +142,13 @@ def cscores(n_heldout, n_correct):
     its C-score is the mean over the ratios at which a run held it out. NaN: there is no estimate."""
     with np.errstate(invalid="ignore"):
         profile = n_correct / n_heldout
-        return np.nansum(profile, axis=0) / np.sum(n_heldout > 0, axis=0), profile
+        return np.nansum(profile, axis=0) / np.sum(n_heldout > 0, axis=0), profile  # nanmean would warn
 
 
 def linear(x, weights):
-    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. --precision bfloat16 rounds x, weights
-    and, backward, the gradient of the result, which JAX's own derivative would leave float32."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by train_and_test; only TPUs heed it
+    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. --precision bfloat16 rounds x, weights;
+    for their gradients also that of the result, which JAX's own derivative would leave float32."""
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by `train_and_test`
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -156,7 +159,7 @@ def linear(x, weights):
     def backward(rounded, gradient):
         x, weights = rounded
         gradient = gradient.astype(jnp.bfloat16)
-        # gradient.T, by indexing: after a plain .T, XLA on a CPU would widen it to float32, which is slow.
+        # gradient.T, made by an index: XLA on a CPU would widen a plain .T to float32, which is slow.
         transposed = gradient.ravel()[jnp.arange(gradient.size).reshape(gradient.shape).T]
         return jnp.matmul(gradient, weights, **to_float32), jnp.matmul(transposed, x, **to_float32)
 
@@ -166,29 +169,28 @@ def linear(x, weights):
 
 
 # === Many runs, on all devices ==================================================================
-def plan_groups(devices, max_missing, parallel_runs=None):
-    """The mesh of devices to use (on a CPU: cores), and the size of a group: how many runs train at once.
-    parallel_runs: how many are wanted, or None for what suits; max_missing: the most unsaved at a ratio."""
+def plan_groups(devices, most_missing, parallel_runs=None):
+    """Plan groups of runs that train at once: the mesh of devices (on a CPU: cores) that they need, and a
+    group's size. most_missing: the most runs missing at any ratio; parallel_runs: the size asked for."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
-    suitable = len(devices) * (1 if devices[0].platform == "cpu" else 100)
-    n_at_once = max(1, min(parallel_runs or suitable, max_missing))  # 1 if none is missing
-    mesh = jax.sharding.Mesh(devices[:n_at_once], "runs")
-    return mesh, math.ceil(n_at_once / mesh.size) * mesh.size  # as many on each device
+    per_device = 1 if devices[0].platform == "cpu" else 100
+    n_at_once = min(parallel_runs or per_device * len(devices), max(most_missing, 1))
+    devices = devices[:n_at_once]
+    group_size = math.ceil(n_at_once / len(devices)) * len(devices)  # as many on each
+    return jax.sharding.Mesh(devices, "runs"), group_size
 
 
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
-    """Draw the batches of groups. missing[k]: the runs to do at ratios[k], a list; sizes[k]: a subset's size.
-    Yields (k, runs, arrays), arrays being run numbers, train_batches, heldout_batches, each [group_size, ...]
-    and split over the mesh. In the arrays, not in `runs`, copies of the last run fill up a short group."""
-    with ThreadPoolExecutor() as drawers:
-        for first in range(0, max(map(len, missing)), group_size):
-            for k, n_subset in enumerate(sizes):  # ratios by turns, for tqdm's ETA: the high ones are slow
-                if runs := missing[k][first : first + group_size]:
-                    filled = runs + runs[-1:] * (group_size - len(runs))
-                    draw = partial(draw_batches, n_examples=n_examples, n_subset=n_subset, training=training)
-                    train_batches, heldout_batches = zip(*drawers.map(draw, filled))
-                    arrays = np.array(filled, np.int32), np.stack(train_batches), np.stack(heldout_batches)
-                    yield k, runs, jax.device_put(arrays, jax.NamedSharding(mesh, jax.P("runs")))
+    """Draw the batches of groups, each of one ratio. missing[k]: a list of the runs to do at the k-th ratio;
+    sizes[k]: a subset's size there. Yields (k, runs, arrays): arrays of run numbers, train_batches and
+    heldout_batches, [group_size, ...], split over the mesh; copies of the last run fill up a short group."""
+    for first in range(0, max(map(len, missing)), group_size):
+        for k, n_subset in enumerate(sizes):  # ratios by turns, for the time left in tqdm's bar
+            if runs := missing[k][first : first + group_size]:
+                filled = runs + runs[-1:] * (group_size - len(runs))
+                batches = [draw_batches(run, n_examples, n_subset, training) for run in filled]
+                arrays = np.array(filled, np.int32), *map(np.stack, zip(*batches))
+                yield k, runs, jax.device_put(arrays, jax.NamedSharding(mesh, jax.P("runs")))
 
 
 def train_groups(drawn, sizes, images, labels, training, mesh):
@@ -196,11 +198,13 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     images: uint8 [N, height, width, channels]; labels: integers [N]."""
     classes, labels = np.unique(labels, return_inverse=True)
     by_run, to_all = jax.P("runs"), jax.P()
-    data = jax.device_put(dict(images=images, labels=np.int32(labels)), jax.NamedSharding(mesh, to_all))
-    one_run = partial(train_and_test, n_classes=len(classes), training=training)
+    data = jax.device_put((images, np.int32(labels)), jax.NamedSharding(mesh, to_all))
 
-    def train_on_device(arrays, n_subset, data):  # arrays: this device's runs, train_batches, heldout_batches
-        return jax.vmap(partial(one_run, n_subset=n_subset, **data))(*arrays)
+    def train_on_device(arrays, n_subset, data):  # arrays: of this device's runs
+        def one_run(run, *batches):
+            return train_and_test(run, *batches, n_subset, *data, len(classes), training)
+
+        return jax.vmap(one_run)(*arrays)
 
     # check_vma=False: else JAX refuses loops whose state starts as a constant, the same on all devices.
     specs = dict(in_specs=(by_run, to_all, to_all), out_specs=by_run, check_vma=False)
@@ -219,13 +223,43 @@ def ahead(items):
             yield item
 
 
+# === The command line ===========================================================================
+def parse_args(argv=None):
+    """The options, and what follows from them: training (a `Training`), dataset_name, runs_dir."""
+    parser = argparse.ArgumentParser(description="Estimate C-scores: see README.md.", usage=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--dataset", default="mnist", help="FILE.npz, digits or a labeled set of tfds (default %(default)s)")
+    add("--data-dir", help="where tfds keeps its data (default $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
+    add("--output-dir", type=Path, default=".", help="for runs and results (default %(default)s)")
+    add("--ratios", type=float, nargs="+", default=[k / 10 for k in range(1, 10)], help="of subsets (.1-.9)")
+    add("--runs", type=int, default=200, help="models at each ratio; may grow later (default %(default)s)")
+    for name, default in Training()._asdict().items():
+        how = dict(choices=("float32", "bfloat16")) if name == "precision" else dict(type=type(default))
+        add("--" + name.replace("_", "-"), default=default, help="of training (default %(default)s)", **how)
+    add("--parallel-runs", type=int, help="runs at once; rounded up to whole devices (default: what suits)")
+    add("--part", type=int, nargs=2, metavar=("I", "P"), default=[0, 1], help="only runs r with r mod P = I")
+    args = parser.parse_args(argv)
+    if any(n is not None and n < 1 for n in (args.runs, args.epochs, args.batch_size, args.parallel_runs)):
+        parser.error("--runs, --epochs, --batch-size and --parallel-runs must be at least 1")
+    if not 0 < args.learning_rate < np.inf or not 0 <= args.momentum < 1:
+        parser.error("--learning-rate must be above 0, and --momentum from 0 to below 1")
+    if not all(0 < ratio < 1 for ratio in args.ratios) or len(set(args.ratios)) < len(args.ratios):
+        parser.error("--ratios must be above 0 and below 1, each given once")
+    if not 0 <= args.part[0] < args.part[1]:
+        parser.error("the I of --part I P must be from 0 to P - 1")
+    args.training = Training(*(vars(args)[name] for name in Training._fields))
+    args.dataset_name = Path(args.dataset.split(":")[0]).stem  # of DIR/FILE.npz, SET or SET:VERSION
+    args.runs_dir = args.output_dir / "cscores-runs"
+    return args
+
+
 # === Data =======================================================================================
 class Problem(Exception):
     """Ends the job with one line that says what is wrong and what to do."""
 
 
 @contextmanager
-def explained(what, advice="use another --output-dir"):
+def explained(what, advice):
     """Whatever goes wrong inside becomes a Problem that also says what was tried and what to do."""
     try:
         yield
@@ -233,7 +267,6 @@ def explained(what, advice="use another --output-dir"):
         raise Problem(f"{what} ({str(error)[:500] or repr(error)}): {advice}") from error
 
 
-@np.errstate(invalid="ignore")  # no warning when a NaN label or a pixel out of range is cast or compared
 def load(dataset, data_dir=None):
     """Load the training examples of an .npz file, of scikit-learn's `digits` or of a tfds data set.
     Returns images uint8 [N, height, width, channels]; labels, integers [N]; and original int64 [N], the index
@@ -259,8 +292,7 @@ def load(dataset, data_dir=None):
 
 def load_tfds(dataset, data_dir):
     """The train split of a data set of tensorflow-datasets, which downloads it to data_dir the first time."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN announces itself at any log level
+    os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", TF_ENABLE_ONEDNN_OPTS="0")  # oneDNN ignores the log level
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # without a network it tells of each of 40 retries
     import tensorflow_datasets as tfds
     from tensorflow import config
@@ -272,12 +304,12 @@ def load_tfds(dataset, data_dir):
     read = dict(split="train", as_supervised=True, data_dir=data_dir, read_config=in_order)
     try:
         examples = tfds.load(dataset, **read)
-    except Exception:
+    except Exception:  # it fails at its end, too, if another process has prepared the same set meanwhile
         if not tfds.builder(dataset, data_dir=data_dir).is_prepared():
             raise
-        examples = tfds.load(dataset, **read)  # another process has prepared it meanwhile
+        examples = tfds.load(dataset, **read)
     images, labels = next(iter(tfds.as_numpy(examples.batch(len(examples)))))
-    # tfds sorts a split by its keys' hashes; in these sets, keys are original indices: argsort sorts them so.
+    # In these sets, keys are original indices. tfds puts first the example whose key has the lowest hash.
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
     hashes = map(Hasher("train").hash_key, range(len(labels)))
     original = np.argsort([*hashes]) if dataset.split(":")[0].split("/")[0] in by_index else None
@@ -293,35 +325,34 @@ def check_images(images):
         raise Problem(f"images must be single pictures, {found}: try images.reshape(N, height, width)")
     if images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]:
         raise Problem(f"images must have their channels last, {found}: try images.transpose(0, 2, 3, 1)")
-    pixels, low, high = images.astype(np.uint8, copy=False), float(images.min()), float(images.max())
-    if images.dtype != np.uint8 and (high <= 1 or (pixels != images).any()):  # high <= 1: scaled
+    low, high = float(images.min()), float(images.max())
+    if images.dtype != np.uint8 and (low < 0 or high > 255 or high <= 1 or (images % 1 != 0).any()):
         advice = f"np.uint8(np.round(np.interp(images, [{min(low, 0)}, {max(high, 1)}], [0, 255])))"
-        advice = f"images.view(np.uint8), if bytes, or {advice}" if images.dtype == np.int8 else advice
         raise Problem(f"images must be whole, 0 to 255, {found} from {low:g} to {high:g}: try {advice}")
     if high < 128:
         print(f"warning: no pixel is above {high:g}: scale them so that white is 255", file=sys.stderr)
-    return pixels.reshape(*images.shape[:3], -1)  # gray images get their one channel
+    return images.astype(np.uint8, copy=False).reshape(*images.shape[:3], -1)  # gray images get one channel
 
 
 def check_labels(labels, n_examples):
     """The labels as integers [N]. Raises Problem if they are not whole numbers of several classes."""
     need = f"labels must be {n_examples} whole numbers, not {labels.dtype} {labels.shape}"
-    labels = labels.ravel() if labels.shape in ((n_examples, 1), (1, n_examples)) else labels  # MATLAB
-    advice = ": try labels.argmax(axis=1) if each row has one 1" if labels.shape[:1] == (n_examples,) else ""
+    if labels.shape in ((n_examples, 1), (1, n_examples)):  # of MedMNIST, MATLAB
+        labels = labels.ravel()
     if labels.shape != (n_examples,):
-        raise Problem(need + advice)
-    whole = labels.astype(np.int64) if labels.dtype.kind in "bf" else labels
-    if whole.dtype.kind not in "iu" or (whole != labels).any():
+        one_hot = labels.ndim == 2 and len(labels) == n_examples
+        raise Problem(need + ": try labels.argmax(axis=1), if each row has one 1" * one_hot)
+    if labels.dtype.kind not in "biuf" or not (np.abs(labels) < 2**64).all() or (labels % 1 != 0).any():
         raise Problem(f"{need}: try np.unique(labels, return_inverse=True)[1], without unlabeled examples")
-    if (whole == whole[0]).all():
-        raise Problem(f"labels must be of several classes, not all {whole[0]}: every score would be 1")
-    return whole
+    if (labels == labels[0]).all():
+        raise Problem(f"labels must be of several classes, not all {labels[0]}: every score would be 1")
+    return labels.astype(np.int64) if labels.dtype.kind in "bf" else labels
 
 
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
-    """What saved runs must agree in, a dict: settings; "content", a hash of the data; "algorithm", a hash of
-    run 1's batches and of JAX's program, lowered for a CPU even on a GPU: each --part may run on either."""
+    """What the saved runs of a job agree in, a dict: settings; "content", a hash of the data; "algorithm", a
+    hash of JAX's program for a run (any is as good), lowered for a CPU even on a GPU, and of its batches."""
     batches = draw_batches(1, len(images), sizes[0], args.training)
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
@@ -333,40 +364,49 @@ def describe_job(args, images, labels, sizes):
     return dict(dataset=args.dataset_name, ratios=args.ratios, **args.training._asdict(), **hashes)
 
 
+def read_run(path, job):
+    """The correctness, int8 [N], of a saved run. Raises Problem if it cannot be read or is of another job."""
+    with explained(f"cannot go on from {path}", "use another --output-dir"), np.load(path) as file:
+        old = json.loads(str(file["job"]))
+        differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
+        if differ:
+            raise ValueError(f"made with {'; '.join(differ)} (if just 'algorithm': other code or JAX)")
+        return file["correctness"]
+
+
 def read_runs(args, job, n_examples):
     """Count the saved runs, whichever --part did them: done bool [K, n_runs]; n_heldout, n_correct, int32
-    [K, N]. Raises Problem if one cannot be read, is of another job, or is beyond --runs."""
+    [K, N]. Raises Problem as `read_run` does, or if there are more than --runs."""
     done = np.zeros((len(args.ratios), args.runs), bool)
     n_heldout, n_correct = np.zeros((2, len(args.ratios), n_examples), np.int32)
-    with explained(f"cannot use {args.runs_dir}"):
+    with explained(f"cannot use {args.runs_dir}", "use another --output-dir"):
         args.runs_dir.mkdir(parents=True, exist_ok=True)
         names = os.listdir(args.runs_dir)  # glob would hide errors
-    for path in (args.runs_dir / name for name in names if name.endswith(".npz")):
-        with explained(f"cannot go on from {path}"), np.load(path) as file:
-            old = json.loads(str(file["job"]))
-            differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
-            if differ:
-                raise ValueError(f"made with {'; '.join(differ)} (if just 'algorithm': other code or JAX)")
-            k, run = map(int, path.stem.split("-"))
+    for name in names:
+        if match := re.fullmatch(r"(\d+)-(\d+)\.npz", name):  # K-RUN.npz
+            k, run = map(int, match.groups())
+            correctness = read_run(args.runs_dir / name, job)
             if run >= args.runs:
-                raise ValueError(f"it is of a job of --runs {run + 1} or more")
-            done[k, run], correctness = True, file["correctness"]
+                raise Problem(
+                    f"{args.runs_dir} is of a job of --runs {run + 1} or more: use another --output-dir"
+                )
+            done[k, run] = True
             n_heldout[k] += correctness >= 0
             n_correct[k] += correctness == 1
     return done, n_heldout, n_correct
 
 
 def save_runs(trained, args, job, n_missing):
-    """Save each run in a file k-run.npz, as groups are trained; show how many of all n_missing are saved."""
-    save, n_failed = partial(np.savez_compressed, job=json.dumps(job)), 0
+    """Save each run in a file K-RUN.npz, as groups are trained; show how many of all n_missing are saved."""
+    n_failed = 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if not bar.n:  # before the first save, look again: a job of other settings may have saved since
-                read_runs(args, job, correctness.shape[1])  # if so, Problem now, not after the last group
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
-                if not path.exists():  # else another process has saved this run since `read_runs`
-                    write(path, partial(save, correctness=of_run))
+                if path.exists():  # another process has done this run since `read_runs`
+                    read_run(path, job)  # Problem, if it was for another job
+                else:
+                    write(path, partial(np.savez_compressed, correctness=of_run, job=json.dumps(job)))
             n_failed += (correctness < 1).all(axis=1).sum()  # models wrong on all that they held out
             accuracy = correctness[correctness >= 0].mean()
             bar.set_postfix(ratio=args.ratios[k], accuracy=accuracy, failed=n_failed, refresh=False)
@@ -379,11 +419,7 @@ def write(path, save):
         with open(Path(new, path.name), "wb") as file:  # in a directory, as mkstemp's file would be mode 0600
             save(file)
             file.flush()
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # these mean: no fsync here
-                    raise
+            os.fsync(file.fileno())
         Path(new, path.name).replace(path)
 
 
@@ -408,14 +444,15 @@ def draw_figure(images, labels, scores, classes, columns=10):
 def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
     """Write cscores.npy in the order of `images`, the .npz in original order, if known, and the figure."""
     scores, profile = cscores(n_heldout, n_correct)
-    results = dict(scores=scores, labels=labels, profile=profile, n_heldout=n_heldout)
-    order, by = (slice(None), "tfds") if original is None else (np.argsort(original), "orig")  # tfds's order
-    results = {name: array[..., order] for name, array in results.items()}
-    classes = np.unique(labels)
-    figure = draw_figure(images, labels, scores, classes[:50])  # more can hardly be looked at
+    by, order = "tfds", np.arange(len(images))  # tfds's order, if the original one is not known
+    if original is not None:
+        by, order = "orig", np.argsort(original)
+    results = dict(scores=scores[order], labels=labels[order], profile=profile[:, order])
+    results |= dict(n_heldout=n_heldout[:, order], subset_ratios=args.ratios)
+    figure = draw_figure(images, labels, scores, np.unique(labels)[:50])  # more can hardly be looked at
     saves = {
         "cscores.npy": partial(np.save, arr=scores),
-        f"cscores-{by}-order.npz": partial(np.savez_compressed, **results, subset_ratios=args.ratios),
+        f"cscores-{by}-order.npz": partial(np.savez_compressed, **results),
         f"{args.dataset_name}-examples.pdf": partial(imsave, arr=figure, format="pdf", dpi=50),
     }
     for name, save in saves.items():
@@ -423,46 +460,13 @@ def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
     print("subset ratio     ", *(f"{ratio:<6g}" for ratio in args.ratios))
     print("held-out accuracy", *(f"{p:.4f}" for p in n_correct.sum(axis=1) / n_heldout.sum(axis=1)))
     print(f"mean C-score {np.nanmean(scores):.4f}; never held out: {np.isnan(scores).sum()} examples")
-    shown = f"the figure shows {len(classes[:50])} of {len(classes)} classes"
-    print(f"written to {args.output_dir}: {', '.join(saves)}; {shown}", flush=True)
+    print(f"written to {args.output_dir}: {', '.join(saves)}", flush=True)
 
 
-# === The job and its command line ===============================================================
-def parse_args(argv=None):
-    """The options, and what follows from them: training (a `Training`), dataset_name, runs_dir."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], usage=argparse.SUPPRESS)
-    parser.print_help = lambda: print(parser.format_help(), flush=True)  # argparse hides BrokenPipeError
-    add = parser.add_argument
-    add("--dataset", default="mnist", help="FILE.npz, digits or a labeled set of tfds (default %(default)s)")
-    add("--data-dir", help="where tfds keeps its data (default $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
-    add("--output-dir", type=Path, default=".", help="for runs and results (default %(default)s)")
-    add("--ratios", type=float, nargs="+", default=[k / 10 for k in range(1, 10)], help="of subsets (.1-.9)")
-    add("--runs", type=int, default=200, help="models at each ratio; may grow later (default %(default)s)")
-    for name, x in Training()._asdict().items():
-        how = dict(choices=("float32", "bfloat16")) if name == "precision" else dict(type=type(x))
-        add("--" + name.replace("_", "-"), default=x, help="of training (default %(default)s)", **how)
-    add("--parallel-runs", type=int, help="runs at once; rounded up to whole devices (default: what suits)")
-    add("--part", type=int, nargs=2, metavar=("I", "P"), default=[0, 1], help="only runs r with r mod P = I")
-    args = parser.parse_args(argv)
-    if any(n is not None and n < 1 for n in (args.runs, args.epochs, args.batch_size, args.parallel_runs)):
-        parser.error("--runs, --epochs, --batch-size and --parallel-runs must be at least 1")
-    if not 0 < args.learning_rate < np.inf or not 0 <= args.momentum < 1:
-        parser.error("--learning-rate must be above 0, and --momentum from 0 to below 1")
-    if not all(0 < ratio < 1 for ratio in args.ratios) or len(set(args.ratios)) < len(args.ratios):
-        parser.error("--ratios must be above 0 and below 1, each given once")
-    if not 0 <= args.part[0] < args.part[1]:
-        parser.error("the I of --part I P must be from 0 to P - 1")
-    args.training = Training(*(vars(args)[name] for name in Training._fields))
-    args.dataset_name = Path(args.dataset).stem.partition(":")[0]  # of DIR/FILE.npz or SET:VERSION
-    args.runs_dir = args.output_dir / "cscores-runs"
-    return args
-
-
+# === The job ====================================================================================
 def start_jax():
     """Start JAX, with each CPU core as a device, and return the devices. Raises Problem if there are none.
     Some JAX flags change scores or stop the job: they get their defaults, whatever the environment says."""
-    if sys.version_info < (3, 11) or jax.__version_info__ < (0, 9):
-        raise Problem(f"needs Python 3.11, JAX 0.9 or later, not {sys.version.split()[0]}, {jax.__version__}")
     flags = dict(enable_x64=False, threefry_partitionable=True, default_prng_impl="threefry2x32")
     flags |= dict(random_seed_offset=0, numpy_dtype_promotion="standard", numpy_rank_promotion="allow")
     for flag, default in flags.items():
@@ -482,9 +486,9 @@ def main(argv=None):
         from matplotlib.image import imsave  # now, not after the last run
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
-    tqdm.set_lock(threading.RLock())  # its default holds a multiprocessing lock, which os._exit would leak
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # now aligned as JAX wants it, else each core would copy it
+    # In the place that JAX gives them, all cores of a CPU share them; of another, each would make a copy.
+    images = np.asarray(jax.device_put(images))
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
@@ -506,15 +510,11 @@ def main(argv=None):
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # else Ctrl-C waits for devices, and PID 1 ignores SIGTERM
         signal.signal(number, lambda signum, frame: os._exit(128 + signum))
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if it is closed)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    tqdm.set_lock(threading.RLock())  # its default holds a multiprocessing lock, which os._exit would leak
     os.environ.pop("MPLBACKEND", None)  # a notebook's, for `!python mnist.py`; the figure needs none
     try:
         main()
-    except BrokenPipeError:
-        os._exit(141)  # nobody reads on, as after `| head -1`; 141: as if SIGPIPE had ended it
     except (Problem, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         advice = "" if isinstance(error, Problem | OSError) else " (out of memory? try fewer --parallel-runs)"
-        line = " ".join(f"mnist.py: {error}{advice}".split())
-        print(line, file=sys.stderr, flush=True)
+        print(" ".join(f"mnist.py: {error}{advice}".split()), file=sys.stderr, flush=True)
         os._exit(1)  # sys.exit would wait for the group in training

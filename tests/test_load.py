@@ -430,7 +430,7 @@ def test_arrays_of_openml(im, y, tmp_path):
     assert np.array_equal(loaded, im[..., None]) and np.array_equal(found, y)
 
 
-def test_a_thousand_classes(tmp_path, monkeypatch, capsys):
+def test_a_thousand_classes(tmp_path, monkeypatch):
     random = np.random.RandomState(0)
     labels = random.permutation(np.repeat(np.arange(1000), 3))
     images = random.randint(0, 256, (3000, 4, 4)).astype(np.uint8)
@@ -440,7 +440,6 @@ def test_a_thousand_classes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("matplotlib.image.imsave", lambda file, arr, **_: figures.append(arr))
     sizes = ["--ratios", 0.5, "--runs", 8, "--epochs", 1]
     run_here("--dataset", tmp_path / "own.npz", *sizes, "--output-dir", tmp_path / "out")
-    assert "the figure shows 50 of 1000 classes" in capsys.readouterr().out
     (figure,) = figures
     assert figure.shape == (50 * 6, 21 * 6, 3)
     rows = figure.reshape(50, 6, 21, 6, 3)[:, 1:-1, 0, 1:-1, 0]  # the highest-scored example of each class
@@ -819,9 +818,3 @@ def test_dark_pictures_are_warned_of(im, y, tmp_path, capsys):
     assert "no pixel is above 16: scale them so that white is 255" in warnings(dark)
     assert warnings(np.round(dark * (255 / 16))) == ""
     assert "no pixel is above 1: " in warnings(np.uint8(im > 128))
-
-
-def test_bytes_without_their_sign(im, y, tmp_path):
-    line = load_error(tmp_path, images=im.view(np.int8), labels=y)
-    advice = re.search(r"try (images\.view\(np\.uint8\)), if bytes, or ", line)[1]
-    assert np.array_equal(eval(advice, dict(np=np, images=im.view(np.int8))), im)
