@@ -65,7 +65,8 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    For a network of your own, replace `init` and `predict`; its params may be any pytree of floats."""
+    For a network of your own, replace `init` and `predict`; its params may be any pytree of floats, and only
+    what it multiplies by `linear` heeds --precision."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)  # [out, in]: faster on a CPU
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -102,10 +103,8 @@ def train(params, key, train_batches, n_train_batches, images, labels, training)
     def step(i, state):
         params, velocity = state
         batch = train_batches[i // n_train_batches, i % n_train_batches]
-        images_of_batch = images.at[batch].get(mode="clip")  # for the filler N, the last image
-        labels_of_batch = labels.at[batch].get(
-            mode="fill", fill_value=-1
-        )  # and the label -1: it will not count
+        images_of_batch = images.at[batch].get(mode="clip")  # of the filler N: the last image
+        labels_of_batch = labels.at[batch].get(mode="fill", fill_value=-1)  # of the filler: -1
         grads = jax.grad(loss)(params, images_of_batch, labels_of_batch, jax.random.fold_in(key, i))
         velocity = jax.tree.map(lambda v, g: training.momentum * v + g, velocity, grads)
         params = jax.tree.map(lambda p, v: p - training.learning_rate * v, params, velocity)
@@ -146,8 +145,8 @@ def cscores(n_heldout, n_correct):
 
 
 def linear(x, weights):
-    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. --precision bfloat16 rounds x, weights;
-    for their gradients also that of the result, which JAX's own derivative would leave float32."""
+    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. --precision bfloat16 rounds x, weights
+    and, in the backward pass, the incoming gradient, too (JAX's own derivative would not)."""
     if jax.config.jax_default_matmul_precision != "bfloat16":  # set by `train_and_test`
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
@@ -342,21 +341,24 @@ def check_labels(labels, n_examples):
     if labels.shape != (n_examples,):
         one_hot = labels.ndim == 2 and len(labels) == n_examples
         raise Problem(need + ": try labels.argmax(axis=1), if each row has one 1" * one_hot)
-    if labels.dtype.kind not in "biuf" or not (np.abs(labels) < 2**64).all() or (labels % 1 != 0).any():
+    if labels.dtype.kind in "bf" and (np.abs(labels) < 2**63).all() and (labels % 1 == 0).all():
+        labels = labels.astype(np.int64)
+    if labels.dtype.kind not in "iu":
         raise Problem(f"{need}: try np.unique(labels, return_inverse=True)[1], without unlabeled examples")
     if (labels == labels[0]).all():
         raise Problem(f"labels must be of several classes, not all {labels[0]}: every score would be 1")
-    return labels.astype(np.int64) if labels.dtype.kind in "bf" else labels
+    return labels
 
 
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
-    """What the saved runs of a job agree in, a dict: settings; "content", a hash of the data; "algorithm", a
-    hash of JAX's program for a run (any is as good), lowered for a CPU even on a GPU, and of its batches."""
-    batches = draw_batches(1, len(images), sizes[0], args.training)
+    """What the saved runs of a job agree in, a dict: settings; "content", a hash of the data; "algorithm",
+    a hash of what JAX makes of a run's code."""
+    batches = draw_batches(1, len(images), sizes[0], args.training)  # of some run at some ratio
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
+    # Of the arguments, only shapes and types matter.
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
-    program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()
+    program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()  # also on a GPU: the same hash
     algorithm = hashlib.sha256(b"".join([program, *batches])).hexdigest()[:16]
     content = hashlib.sha256(images)  # the bytes alone: `program` names their shape
     content.update(labels.astype("<i8"))
@@ -387,9 +389,7 @@ def read_runs(args, job, n_examples):
             k, run = map(int, match.groups())
             correctness = read_run(args.runs_dir / name, job)
             if run >= args.runs:
-                raise Problem(
-                    f"{args.runs_dir} is of a job of --runs {run + 1} or more: use another --output-dir"
-                )
+                raise Problem(f"runs of a job of --runs {run + 1} or more are here: use another --output-dir")
             done[k, run] = True
             n_heldout[k] += correctness >= 0
             n_correct[k] += correctness == 1
@@ -446,7 +446,7 @@ def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
     scores, profile = cscores(n_heldout, n_correct)
     by, order = "tfds", np.arange(len(images))  # tfds's order, if the original one is not known
     if original is not None:
-        by, order = "orig", np.argsort(original)
+        by, order = "orig", np.argsort(original)  # order[i]: where `images` has the i-th original example
     results = dict(scores=scores[order], labels=labels[order], profile=profile[:, order])
     results |= dict(n_heldout=n_heldout[:, order], subset_ratios=args.ratios)
     figure = draw_figure(images, labels, scores, np.unique(labels)[:50])  # more can hardly be looked at
@@ -487,7 +487,7 @@ def main(argv=None):
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     images, labels, original = load(args.dataset, args.data_dir)
-    # In the place that JAX gives them, all cores of a CPU share them; of another, each would make a copy.
+    # JAX's own copy: in `train_groups`, all CPU devices share it; of NumPy's array, each would make a copy.
     images = np.asarray(jax.device_put(images))
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
