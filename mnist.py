@@ -341,7 +341,7 @@ def check_labels(labels, n_examples):
     if labels.shape != (n_examples,):
         one_hot = labels.ndim == 2 and len(labels) == n_examples
         raise Problem(need + ": try labels.argmax(axis=1), if each row has one 1" * one_hot)
-    if labels.dtype.kind in "bf" and (np.abs(labels) < 2**63).all() and (labels % 1 == 0).all():
+    if labels.dtype.kind in "bf" and (np.abs(labels) < 2.0**63).all() and (labels % 1 == 0).all():
         labels = labels.astype(np.int64)
     if labels.dtype.kind not in "iu":
         raise Problem(f"{need}: try np.unique(labels, return_inverse=True)[1], without unlabeled examples")
