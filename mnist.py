@@ -14,12 +14,12 @@ a random subset of the N examples; the subset's share of them is the subset rati
 """
 
 import argparse
+import errno
 import hashlib
 import json
 import logging
 import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -65,8 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    For a network of your own, replace `init` and `predict`; its params may be any pytree of floats, and only
-    what it multiplies by `linear` heeds --precision."""
+    For your own network, replace `init` and `predict`; params: any float pytree; precision: see `linear`."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)  # [out, in]: faster on a CPU
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -174,9 +173,8 @@ def plan_groups(devices, most_missing, parallel_runs=None):
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     per_device = 1 if devices[0].platform == "cpu" else 100
     n_at_once = min(parallel_runs or per_device * len(devices), max(most_missing, 1))
-    devices = devices[:n_at_once]
-    group_size = math.ceil(n_at_once / len(devices)) * len(devices)  # as many on each
-    return jax.sharding.Mesh(devices, "runs"), group_size
+    mesh = jax.sharding.Mesh(devices[:n_at_once], "runs")
+    return mesh, math.ceil(n_at_once / mesh.size) * mesh.size  # as many on each device
 
 
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
@@ -226,6 +224,7 @@ def ahead(items):
 def parse_args(argv=None):
     """The options, and what follows from them: training (a `Training`), dataset_name, runs_dir."""
     parser = argparse.ArgumentParser(description="Estimate C-scores: see README.md.", usage=argparse.SUPPRESS)
+    parser.print_help = lambda: print(parser.format_help(), flush=True)  # argparse hides BrokenPipeError
     add = parser.add_argument
     add("--dataset", default="mnist", help="FILE.npz, digits or a labeled set of tfds (default %(default)s)")
     add("--data-dir", help="where tfds keeps its data (default $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
@@ -291,7 +290,8 @@ def load(dataset, data_dir=None):
 
 def load_tfds(dataset, data_dir):
     """The train split of a data set of tensorflow-datasets, which downloads it to data_dir the first time."""
-    os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", TF_ENABLE_ONEDNN_OPTS="0")  # oneDNN ignores the log level
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # oneDNN announces itself at any log level
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # without a network it tells of each of 40 retries
     import tensorflow_datasets as tfds
     from tensorflow import config
@@ -327,6 +327,7 @@ def check_images(images):
     low, high = float(images.min()), float(images.max())
     if images.dtype != np.uint8 and (low < 0 or high > 255 or high <= 1 or (images % 1 != 0).any()):
         advice = f"np.uint8(np.round(np.interp(images, [{min(low, 0)}, {max(high, 1)}], [0, 255])))"
+        advice = f"images.view(np.uint8), if bytes, or {advice}" if images.dtype == np.int8 else advice
         raise Problem(f"images must be whole, 0 to 255, {found} from {low:g} to {high:g}: try {advice}")
     if high < 128:
         print(f"warning: no pixel is above {high:g}: scale them so that white is 255", file=sys.stderr)
@@ -336,8 +337,7 @@ def check_images(images):
 def check_labels(labels, n_examples):
     """The labels as integers [N]. Raises Problem if they are not whole numbers of several classes."""
     need = f"labels must be {n_examples} whole numbers, not {labels.dtype} {labels.shape}"
-    if labels.shape in ((n_examples, 1), (1, n_examples)):  # of MedMNIST, MATLAB
-        labels = labels.ravel()
+    labels = labels.ravel() if labels.shape in ((n_examples, 1), (1, n_examples)) else labels  # MATLAB's
     if labels.shape != (n_examples,):
         one_hot = labels.ndim == 2 and len(labels) == n_examples
         raise Problem(need + ": try labels.argmax(axis=1), if each row has one 1" * one_hot)
@@ -353,10 +353,9 @@ def check_labels(labels, n_examples):
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
     """What the saved runs of a job agree in, a dict: settings; "content", a hash of the data; "algorithm",
-    a hash of what JAX makes of a run's code."""
+    a hash of what JAX makes of a run's code, for which only shapes and types of its arguments matter."""
     batches = draw_batches(1, len(images), sizes[0], args.training)  # of some run at some ratio
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
-    # Of the arguments, only shapes and types matter.
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
     program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()  # also on a GPU: the same hash
     algorithm = hashlib.sha256(b"".join([program, *batches])).hexdigest()[:16]
@@ -366,46 +365,39 @@ def describe_job(args, images, labels, sizes):
     return dict(dataset=args.dataset_name, ratios=args.ratios, **args.training._asdict(), **hashes)
 
 
-def read_run(path, job):
-    """The correctness, int8 [N], of a saved run. Raises Problem if it cannot be read or is of another job."""
-    with explained(f"cannot go on from {path}", "use another --output-dir"), np.load(path) as file:
-        old = json.loads(str(file["job"]))
-        differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
-        if differ:
-            raise ValueError(f"made with {'; '.join(differ)} (if just 'algorithm': other code or JAX)")
-        return file["correctness"]
-
-
 def read_runs(args, job, n_examples):
     """Count the saved runs, whichever --part did them: done bool [K, n_runs]; n_heldout, n_correct, int32
-    [K, N]. Raises Problem as `read_run` does, or if there are more than --runs."""
+    [K, N]. Raises Problem if one cannot be read, is of another job, or is beyond --runs."""
     done = np.zeros((len(args.ratios), args.runs), bool)
     n_heldout, n_correct = np.zeros((2, len(args.ratios), n_examples), np.int32)
     with explained(f"cannot use {args.runs_dir}", "use another --output-dir"):
         args.runs_dir.mkdir(parents=True, exist_ok=True)
         names = os.listdir(args.runs_dir)  # glob would hide errors
-    for name in names:
-        if match := re.fullmatch(r"(\d+)-(\d+)\.npz", name):  # K-RUN.npz
-            k, run = map(int, match.groups())
-            correctness = read_run(args.runs_dir / name, job)
+    for path in (args.runs_dir / name for name in names if name.endswith(".npz")):
+        with explained(f"cannot go on from {path}", "use another --output-dir"), np.load(path) as file:
+            old = json.loads(str(file["job"]))
+            differ = [f"{key} {old.get(key)}, not {job[key]}" for key in job if old.get(key) != job[key]]
+            if differ:
+                raise ValueError(f"made with {'; '.join(differ)} (if just 'algorithm': other code or JAX)")
+            k, run = map(int, path.stem.split("-"))
             if run >= args.runs:
-                raise Problem(f"runs of a job of --runs {run + 1} or more are here: use another --output-dir")
-            done[k, run] = True
+                raise ValueError(f"it is of a job of --runs {run + 1} or more")
+            done[k, run], correctness = True, file["correctness"]
             n_heldout[k] += correctness >= 0
             n_correct[k] += correctness == 1
     return done, n_heldout, n_correct
 
 
 def save_runs(trained, args, job, n_missing):
-    """Save each run in a file K-RUN.npz, as groups are trained; show how many of all n_missing are saved."""
+    """Save each run in a file k-run.npz, as groups are trained; show how many of all n_missing are saved."""
     n_failed = 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
+            if not bar.n:  # before the first save: has a job of other settings started meanwhile?
+                read_runs(args, job, correctness.shape[1])  # then a Problem now, not after the last group
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
-                if path.exists():  # another process has done this run since `read_runs`
-                    read_run(path, job)  # Problem, if it was for another job
-                else:
+                if not path.exists():  # else another process has saved this run since `read_runs`
                     write(path, partial(np.savez_compressed, correctness=of_run, job=json.dumps(job)))
             n_failed += (correctness < 1).all(axis=1).sum()  # models wrong on all that they held out
             accuracy = correctness[correctness >= 0].mean()
@@ -419,7 +411,11 @@ def write(path, save):
         with open(Path(new, path.name), "wb") as file:  # in a directory, as mkstemp's file would be mode 0600
             save(file)
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # these mean: no fsync here
+                    raise
         Path(new, path.name).replace(path)
 
 
@@ -444,15 +440,14 @@ def draw_figure(images, labels, scores, classes, columns=10):
 def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
     """Write cscores.npy in the order of `images`, the .npz in original order, if known, and the figure."""
     scores, profile = cscores(n_heldout, n_correct)
-    by, order = "tfds", np.arange(len(images))  # tfds's order, if the original one is not known
-    if original is not None:
-        by, order = "orig", np.argsort(original)  # order[i]: where `images` has the i-th original example
+    known = original is not None  # else the .npz, too, is in the order of tfds
+    order = np.argsort(original) if known else np.arange(len(images))
     results = dict(scores=scores[order], labels=labels[order], profile=profile[:, order])
     results |= dict(n_heldout=n_heldout[:, order], subset_ratios=args.ratios)
     figure = draw_figure(images, labels, scores, np.unique(labels)[:50])  # more can hardly be looked at
     saves = {
         "cscores.npy": partial(np.save, arr=scores),
-        f"cscores-{by}-order.npz": partial(np.savez_compressed, **results),
+        f"cscores-{'orig' if known else 'tfds'}-order.npz": partial(np.savez_compressed, **results),
         f"{args.dataset_name}-examples.pdf": partial(imsave, arr=figure, format="pdf", dpi=50),
     }
     for name, save in saves.items():
@@ -467,6 +462,8 @@ def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
 def start_jax():
     """Start JAX, with each CPU core as a device, and return the devices. Raises Problem if there are none.
     Some JAX flags change scores or stop the job: they get their defaults, whatever the environment says."""
+    if sys.version_info < (3, 11) or jax.__version_info__ < (0, 9):
+        raise Problem(f"needs Python 3.11, JAX 0.9 or later, not {sys.version.split()[0]}, {jax.__version__}")
     flags = dict(enable_x64=False, threefry_partitionable=True, default_prng_impl="threefry2x32")
     flags |= dict(random_seed_offset=0, numpy_dtype_promotion="standard", numpy_rank_promotion="allow")
     for flag, default in flags.items():
@@ -487,15 +484,14 @@ def main(argv=None):
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     images, labels, original = load(args.dataset, args.data_dir)
-    # JAX's own copy: in `train_groups`, all CPU devices share it; of NumPy's array, each would make a copy.
-    images = np.asarray(jax.device_put(images))
+    images = np.asarray(jax.device_put(images))  # JAX's own array: all cores share it; NumPy's, each copies
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
     job = describe_job(args, images, labels, sizes)
     done, _, _ = read_runs(args, job, len(images))
     first, step = args.part
-    missing = [[run for run in range(first, args.runs, step) if not done[k, run]] for k in range(len(sizes))]
+    missing = [[run for run in range(first, args.runs, step) if not row[run]] for row in done]
     mesh, group_size = plan_groups(devices, max(map(len, missing)), args.parallel_runs)
     drawn = ahead(draw_groups(missing, sizes, len(images), args.training, group_size, mesh))
     trained = ahead(train_groups(drawn, sizes, images, labels, args.training, mesh))
@@ -510,10 +506,14 @@ def main(argv=None):
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # else Ctrl-C waits for devices, and PID 1 ignores SIGTERM
         signal.signal(number, lambda signum, frame: os._exit(128 + signum))
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if it is closed)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     tqdm.set_lock(threading.RLock())  # its default holds a multiprocessing lock, which os._exit would leak
     os.environ.pop("MPLBACKEND", None)  # a notebook's, for `!python mnist.py`; the figure needs none
     try:
         main()
+    except BrokenPipeError:
+        os._exit(141)  # nobody reads on, as after `| head -1`; 141: as if SIGPIPE had ended it
     except (Problem, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
         advice = "" if isinstance(error, Problem | OSError) else " (out of memory? try fewer --parallel-runs)"
         print(" ".join(f"mnist.py: {error}{advice}".split()), file=sys.stderr, flush=True)

@@ -818,3 +818,9 @@ def test_dark_pictures_are_warned_of(im, y, tmp_path, capsys):
     assert "no pixel is above 16: scale them so that white is 255" in warnings(dark)
     assert warnings(np.round(dark * (255 / 16))) == ""
     assert "no pixel is above 1: " in warnings(np.uint8(im > 128))
+
+
+def test_bytes_without_their_sign(im, y, tmp_path):
+    line = load_error(tmp_path, images=im.view(np.int8), labels=y)
+    advice = re.search(r"try (images\.view\(np\.uint8\)), if bytes, or ", line)[1]
+    assert np.array_equal(eval(advice, dict(np=np, images=im.view(np.int8))), im)

@@ -326,7 +326,7 @@ def test_a_file_that_is_edited_while_the_job_loads(tiny, tmp_path):
     assert same_results(tmp_path / "out", tiny)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "incomplete"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "incomplete", "not its name"])
 def test_a_damaged_run(finished, tmp_path, damage):
     copy_runs(finished[0], tmp_path)
     path = run_file(tmp_path, 1, 7)
@@ -335,6 +335,8 @@ def test_a_damaged_run(finished, tmp_path, damage):
         arrays = dict(file)
     if damage == "incomplete":
         np.savez(path, job=arrays["job"])
+    elif damage == "not its name":
+        path = path.rename(runs_dir(tmp_path) / "1-7 (copy).npz")
     else:
         path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not a run"}[damage])
     before = contents(tmp_path)
@@ -348,7 +350,6 @@ def test_what_a_killed_process_leaves_is_no_run(finished, tmp_path):
     left = runs_dir(tmp_path) / "tmp1234"
     left.mkdir()
     run_file(tmp_path, 0, 3).rename(left / "0-3.npz")
-    run_file(tmp_path, 1, 7).rename(runs_dir(tmp_path) / "1-7 (copy).npz")
     run_here(*JOB, "--output-dir", tmp_path)
     assert same_results(tmp_path, finished[0])
 
@@ -414,6 +415,13 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place_of_the_old_one(tmp_path
     events.clear()
     mnist.write(tmp_path / "small", lambda file: file.write(b"in a buffer"))
     assert [content for _, _, content, _ in events] == [b"in a buffer"] * 2
+
+
+@pytest.mark.parametrize("error", ["EINVAL", "ENOTSUP"])
+def test_a_file_system_without_fsync(tiny, tmp_path, monkeypatch, error):
+    events = watch_the_disk(monkeypatch, tmp_path, fails=getattr(errno, error))
+    run_here(*TINY, "--output-dir", tmp_path)
+    assert len(events) == 14 and same_results(tmp_path, tiny)
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
@@ -509,17 +517,23 @@ def test_nobody_reads_the_output(tiny, tmp_path, unbuffered, then):
     env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONUNBUFFERED": unbuffered}
     command = ["bash", "-c", f"set -o pipefail; {words} {then}"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    if done.returncode or "head" not in then:  # head may read all before it ends
+    if "full" in then:
         (line,) = messages(done.stderr)
-        why = "No space left on device" if "full" in then else "Broken pipe"
-        assert done.returncode == 1 and line.startswith("mnist.py: ") and why in line
+        assert done.returncode == 1 and line.startswith("mnist.py: ") and "No space left on device" in line
+    else:
+        assert done.returncode in (0, 141) and messages(done.stderr) == []
+        assert done.returncode == 141 or "head" in then, "as if SIGPIPE had ended it"
     assert same_results(tmp_path, tiny)
 
 
-def test_closed_output(tiny, tmp_path):
-    through = ["bash", "-c", 'exec "$@" >&-', "closed"]
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_outputs(tiny, tmp_path, closed):
+    if closed != ">&- 2>&-":  # which trains, too; for the others, what it prints is enough
+        copy_runs(tiny, tmp_path)
+    through = ["bash", "-c", f'exec "$@" {closed}', "closed"]
     out, err = run_script(*TINY, "--output-dir", tmp_path, through=through)
-    assert same_results(tmp_path, tiny) and messages(err) == [] and out == ""
+    assert same_results(tmp_path, tiny) and messages(err) == []
+    assert ("C-score" in out, "JAX" in err) == (closed == "2>&-", closed == ">&-")
 
 
 def test_a_platform_that_is_not_there(tmp_path):
@@ -618,6 +632,35 @@ def test_help_shows_every_setting(tmp_path):
     for option in vars(mnist.parse_args([])).keys() - follow:
         assert f"--{option.replace('_', '-')} " in out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nobody_reads_the_help(unbuffered):
+    command = ["bash", "-c", f"set -o pipefail; '{sys.executable}' '{SCRIPT}' --help | true"]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_too_old_a_python_or_jax_is_told_the_lowest_versions(monkeypatch):
+    lowest_python = re.search(r"Python (3\.\d+) or later", (SCRIPT.parent / "README.md").read_text())[1]
+    lowest_jax = re.search(r"^jax>=([\d.]+)$", (SCRIPT.parent / "requirements.txt").read_text(), re.M)[1]
+    python, its_jax = (tuple(map(int, version.split("."))) for version in (lowest_python, lowest_jax))
+    before_python, before_jax = ((*version[:1], version[1] - 1, 99) for version in (python, its_jax))
+
+    def start(python, its_jax):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "version_info", python)
+            patch.setattr(jax, "__version_info__", its_jax)
+            return mnist.start_jax()
+
+    assert start((*python, 0), its_jax) == jax.devices()
+    for versions in (before_python, its_jax), ((*python, 0), before_jax):
+        with pytest.raises(mnist.Problem) as caught:
+            start(*versions)
+        line = str(caught.value)
+        assert f"needs Python {lowest_python}, JAX {'.'.join(map(str, its_jax[:2]))} or later" in line
+        assert f"not {sys.version.split()[0]}, {jax.__version__}" in line
 
 
 def test_pytest_finds_the_module_by_itself():
