@@ -65,7 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    For your own network, replace `init` and `predict`; params: any float pytree; precision: see `linear`."""
+    For a network of your own, replace `init` and `predict`; its params may be any pytree of floats."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)  # [out, in]: faster on a CPU
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -78,12 +78,12 @@ def init(run, image_shape, n_classes, hidden=(512, 256)):
 
 
 def predict(params, images, key=None):
-    """Logits float32 [B, classes] of images uint8 [B, height, width, channels], some of which may be filler:
-    no row may depend on another. key: for dropout or random shifts, new for each step; None when testing."""
+    """Logits float32 [B, classes] of images uint8 [B, height, width, channels]. No image may change another's
+    logits: some are fillers. key: for dropout or random shifts, new for each step; None when testing."""
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
     for weights, biases in hidden:
-        activations = jax.nn.relu(linear(activations, weights) + biases)
+        activations = jax.nn.relu(linear(activations, weights) + biases)  # linear: activations weights^T
     weights, biases = last
     return linear(activations, weights) + biases
 
@@ -352,14 +352,14 @@ def check_labels(labels, n_examples):
 
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
-    """What the saved runs of a job agree in, a dict: settings; "content", a hash of the data; "algorithm",
-    a hash of what JAX makes of a run's code, for which only shapes and types of its arguments matter."""
-    batches = draw_batches(1, len(images), sizes[0], args.training)  # of some run at some ratio
+    """What all saved runs of a job agree in, a dict: settings; "content", a hash of the data; "algorithm", a
+    hash of the program that JAX makes of a run: it sees what code is imported, too, and ignores comments."""
+    batches = draw_batches(1, len(images), sizes[0], args.training)  # any run: `program` has only their types
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
     program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()  # also on a GPU: the same hash
-    algorithm = hashlib.sha256(b"".join([program, *batches])).hexdigest()[:16]
-    content = hashlib.sha256(images)  # the bytes alone: `program` names their shape
+    algorithm = hashlib.sha256(b"".join([program, *batches])).hexdigest()[:16]  # batches: for `draw_batches`
+    content = hashlib.sha256(images)  # the bytes alone: `program` has their shape
     content.update(labels.astype("<i8"))
     hashes = dict(content=content.hexdigest()[:16], algorithm=algorithm)
     return dict(dataset=args.dataset_name, ratios=args.ratios, **args.training._asdict(), **hashes)
@@ -388,23 +388,6 @@ def read_runs(args, job, n_examples):
     return done, n_heldout, n_correct
 
 
-def save_runs(trained, args, job, n_missing):
-    """Save each run in a file k-run.npz, as groups are trained; show how many of all n_missing are saved."""
-    n_failed = 0
-    with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
-        for k, runs, correctness in trained:
-            if not bar.n:  # before the first save: has a job of other settings started meanwhile?
-                read_runs(args, job, correctness.shape[1])  # then a Problem now, not after the last group
-            for run, of_run in zip(runs, correctness):
-                path = args.runs_dir / f"{k}-{run}.npz"
-                if not path.exists():  # else another process has saved this run since `read_runs`
-                    write(path, partial(np.savez_compressed, correctness=of_run, job=json.dumps(job)))
-            n_failed += (correctness < 1).all(axis=1).sum()  # models wrong on all that they held out
-            accuracy = correctness[correctness >= 0].mean()
-            bar.set_postfix(ratio=args.ratios[k], accuracy=accuracy, failed=n_failed, refresh=False)
-            bar.update(len(runs))
-
-
 def write(path, save):
     """Write `path` by save(file), whole or not at all, even if the power fails; a kill may leave a tmp*/."""
     with explained(f"cannot write {path}", "mend that and retry"), TemporaryDirectory(dir=path.parent) as new:
@@ -417,6 +400,23 @@ def write(path, save):
                 if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # these mean: no fsync here
                     raise
         Path(new, path.name).replace(path)
+
+
+def save_runs(trained, args, job, n_missing):
+    """Save each run in a file k-run.npz, as groups are trained; show how many of all n_missing are saved."""
+    n_failed = 0
+    with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
+        for k, runs, correctness in trained:
+            if bar.n == 0:  # If another job has saved runs here meanwhile: a Problem now, not at the end.
+                read_runs(args, job, correctness.shape[1])
+            for run, of_run in zip(runs, correctness):
+                path = args.runs_dir / f"{k}-{run}.npz"
+                if not path.exists():  # else another process has saved this run since `read_runs`
+                    write(path, partial(np.savez_compressed, correctness=of_run, job=json.dumps(job)))
+            n_failed += (correctness < 1).all(axis=1).sum()  # models wrong on all that they held out
+            accuracy = correctness[correctness >= 0].mean()
+            bar.set_postfix(ratio=args.ratios[k], accuracy=accuracy, failed=n_failed, refresh=False)
+            bar.update(len(runs))
 
 
 # === Results ====================================================================================
@@ -484,7 +484,7 @@ def main(argv=None):
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # JAX's own array: all cores share it; NumPy's, each copies
+    images = np.asarray(jax.device_put(images))  # in memory of JAX's, which all cores share: no more copies
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
