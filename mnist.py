@@ -42,14 +42,14 @@ class Training(NamedTuple):  # settings of SGD with momentum; each is a command-
     batch_size: int = 128  # examples in a step
     learning_rate: float = 0.1
     momentum: float = 0.9
-    precision: str = "float32"  # of matrix products: float32 (on a GPU: TF32, JAX's default) or bfloat16
+    precision: str = "float32"  # of matrix products: float32 (JAX's default; TF32 on a GPU) or bfloat16
 
 
 def draw_batches(run, n_examples, n_subset, training):
     """Draw a run's subset, n_subset of the N examples, and cut it and the rest into batches of batch_size B.
     Returns indices, int32: train_batches [epochs, ceil(N / B), B], the subset in a new order for each epoch;
     heldout_batches [ceil(N / B), B], all other examples. Both are filled up with the index N, the filler."""
-    # The seed is the run's number alone, as in the authors' code: run 7's subset at 0.1 lies in that at 0.2.
+    # The seed is the run's number, as in the authors' code: so run 7's subset at 0.1 lies in its one at 0.2.
     draws = np.random.RandomState(run)
     subset = draws.permutation(n_examples)[:n_subset]
     # Room for N examples in both, whatever the ratio: one shape, hence one compilation, for all ratios.
@@ -65,7 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    For a network of your own, replace `init` and `predict`; its params may be any pytree of floats."""
+    For your own network, replace `init` and `predict`; params: any pytree of floats; `linear` is optional."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)  # [out, in]: faster on a CPU
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -83,7 +83,7 @@ def predict(params, images, key=None):
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
     for weights, biases in hidden:
-        activations = jax.nn.relu(linear(activations, weights) + biases)  # linear: activations weights^T
+        activations = jax.nn.relu(linear(activations, weights) + biases)  # activations weights^T
     weights, biases = last
     return linear(activations, weights) + biases
 
@@ -96,7 +96,7 @@ def loss(params, images, labels, key=None):
 
 
 def train(params, key, train_batches, n_train_batches, images, labels, training):
-    """The params after SGD with momentum over the first n_train_batches of each epoch, which hold the subset.
+    """The params after SGD with momentum over the first n_train_batches of each epoch; the others are filler.
     images: uint8 [N, height, width, channels]; labels: int32 [N]; n_train_batches: traced."""
 
     def step(i, state):
@@ -118,17 +118,17 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
     run, n_subset: traced, for one compilation; images, labels: as in `train`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    # A setting of JAX's, which `linear` looks at: so `predict` needs no argument for it.
+    # JAX's own setting for matrix products, which CPUs ignore: `linear` reads it, and rounds by itself.
     with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):
         params = init(run, images.shape[1:], n_classes)
-        key = jax.random.key(~run)  # other seeds than those of `init`: -1, -2, ...
+        key = jax.random.key(-1 - run)  # other seeds than those of `init`
         params = train(params, key, train_batches, n_train_batches, images, labels, training)
 
         def test(i, correctness):
             batch = heldout_batches[i]
             logits = predict(params, images.at[batch].get(mode="clip"))
             finite = jnp.isfinite(logits).all(axis=-1)  # else the model has diverged, and argmax says class 0
-            correct = finite & (logits.argmax(axis=-1) == labels[batch])
+            correct = finite & (logits.argmax(axis=-1) == labels[batch])  # of the filler: anything
             return correctness.at[batch].set(correct.astype(jnp.int8), mode="drop")  # drops the filler
 
         return jax.lax.fori_loop(0, n_heldout_batches, test, jnp.full(len(images), -1, jnp.int8))
@@ -145,7 +145,7 @@ def cscores(n_heldout, n_correct):
 
 def linear(x, weights):
     """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. --precision bfloat16 rounds x, weights
-    and, in the backward pass, the incoming gradient, too (JAX's own derivative would not)."""
+    and, in the backward pass, also the incoming gradient (which JAX's own derivative would not round)."""
     if jax.config.jax_default_matmul_precision != "bfloat16":  # set by `train_and_test`
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
@@ -168,7 +168,7 @@ def linear(x, weights):
 
 # === Many runs, on all devices ==================================================================
 def plan_groups(devices, most_missing, parallel_runs=None):
-    """Plan groups of runs that train at once: the mesh of devices (on a CPU: cores) that they need, and a
+    """Plan groups of runs that train at once: the mesh of devices (on a CPU: its cores) that they need, and a
     group's size. most_missing: the most runs missing at any ratio; parallel_runs: the size asked for."""
     # Two runs on one core are no faster than one by one; on a GPU, 100 are a guess, not measured yet.
     per_device = 1 if devices[0].platform == "cpu" else 100
@@ -182,7 +182,7 @@ def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     sizes[k]: a subset's size there. Yields (k, runs, arrays): arrays of run numbers, train_batches and
     heldout_batches, [group_size, ...], split over the mesh; copies of the last run fill up a short group."""
     for first in range(0, max(map(len, missing)), group_size):
-        for k, n_subset in enumerate(sizes):  # ratios by turns, for the time left in tqdm's bar
+        for k, n_subset in enumerate(sizes):  # by turns: else tqdm's time left would be wrong
             if runs := missing[k][first : first + group_size]:
                 filled = runs + runs[-1:] * (group_size - len(runs))
                 batches = [draw_batches(run, n_examples, n_subset, training) for run in filled]
@@ -203,7 +203,7 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
 
         return jax.vmap(one_run)(*arrays)
 
-    # check_vma=False: else JAX refuses loops whose state starts as a constant, the same on all devices.
+    # check_vma=False: else JAX refuses loops that start from constants (velocity, correctness).
     specs = dict(in_specs=(by_run, to_all, to_all), out_specs=by_run, check_vma=False)
     train_group = jax.jit(jax.shard_map(train_on_device, mesh=mesh, **specs))
     for k, runs, arrays in drawn:
@@ -303,12 +303,12 @@ def load_tfds(dataset, data_dir):
     read = dict(split="train", as_supervised=True, data_dir=data_dir, read_config=in_order)
     try:
         examples = tfds.load(dataset, **read)
-    except Exception:  # it fails at its end, too, if another process has prepared the same set meanwhile
+    except Exception:  # it also fails, at its end, if another process has prepared the set meanwhile
         if not tfds.builder(dataset, data_dir=data_dir).is_prepared():
             raise
         examples = tfds.load(dataset, **read)
     images, labels = next(iter(tfds.as_numpy(examples.batch(len(examples)))))
-    # In these sets, keys are original indices. tfds puts first the example whose key has the lowest hash.
+    # tfds sorts examples by the hash of a key. In these sets keys are original indices: argsort gives them.
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
     hashes = map(Hasher("train").hash_key, range(len(labels)))
     original = np.argsort([*hashes]) if dataset.split(":")[0].split("/")[0] in by_index else None
@@ -340,7 +340,7 @@ def check_labels(labels, n_examples):
     labels = labels.ravel() if labels.shape in ((n_examples, 1), (1, n_examples)) else labels  # MATLAB's
     if labels.shape != (n_examples,):
         one_hot = labels.ndim == 2 and len(labels) == n_examples
-        raise Problem(need + ": try labels.argmax(axis=1), if each row has one 1" * one_hot)
+        raise Problem(need + (": try labels.argmax(axis=1), if each row has one 1" if one_hot else ""))
     if labels.dtype.kind in "bf" and (np.abs(labels) < 2.0**63).all() and (labels % 1 == 0).all():
         labels = labels.astype(np.int64)
     if labels.dtype.kind not in "iu":
@@ -353,12 +353,12 @@ def check_labels(labels, n_examples):
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
     """What all saved runs of a job agree in, a dict: settings; "content", a hash of the data; "algorithm", a
-    hash of the program that JAX makes of a run: it sees what code is imported, too, and ignores comments."""
-    batches = draw_batches(1, len(images), sizes[0], args.training)  # any run: `program` has only their types
+    hash of the program that JAX makes of a run (so comments do not count) and of the batches of one run."""
+    batches = draw_batches(1, len(images), sizes[0], args.training)  # drawn outside the program
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
     program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()  # also on a GPU: the same hash
-    algorithm = hashlib.sha256(b"".join([program, *batches])).hexdigest()[:16]  # batches: for `draw_batches`
+    algorithm = hashlib.sha256(b"".join([program, *batches])).hexdigest()[:16]
     content = hashlib.sha256(images)  # the bytes alone: `program` has their shape
     content.update(labels.astype("<i8"))
     hashes = dict(content=content.hexdigest()[:16], algorithm=algorithm)
@@ -391,7 +391,7 @@ def read_runs(args, job, n_examples):
 def write(path, save):
     """Write `path` by save(file), whole or not at all, even if the power fails; a kill may leave a tmp*/."""
     with explained(f"cannot write {path}", "mend that and retry"), TemporaryDirectory(dir=path.parent) as new:
-        with open(Path(new, path.name), "wb") as file:  # in a directory, as mkstemp's file would be mode 0600
+        with open(Path(new, path.name), "wb") as file:  # in a directory: mkstemp's file would have mode 0600
             save(file)
             file.flush()
             try:
@@ -407,7 +407,7 @@ def save_runs(trained, args, job, n_missing):
     n_failed = 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if bar.n == 0:  # If another job has saved runs here meanwhile: a Problem now, not at the end.
+            if bar.n == 0:  # If a job of other settings saves here, too: a Problem now, not at the end.
                 read_runs(args, job, correctness.shape[1])
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
@@ -434,7 +434,7 @@ def draw_figure(images, labels, scores, classes, columns=10):
         lowest = members[np.argsort(scores[members], kind="stable")][:columns]
         row[: len(highest), 1:-1, 1:-1] = images[highest][..., shown]
         row[columns + 1 :][: len(lowest), 1:-1, 1:-1] = images[lowest][..., shown]
-    return cells.transpose(0, 2, 1, 3, 4).reshape(len(classes) * (height + 2), -1, 3)
+    return cells.transpose(0, 2, 1, 3, 4).reshape(len(classes) * (height + 2), -1, 3)  # y before cells
 
 
 def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
@@ -484,7 +484,7 @@ def main(argv=None):
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # in memory of JAX's, which all cores share: no more copies
+    images = np.asarray(jax.device_put(images))  # in JAX's memory: `train_groups` shares it among CPU devices
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
@@ -495,7 +495,7 @@ def main(argv=None):
     mesh, group_size = plan_groups(devices, max(map(len, missing)), args.parallel_runs)
     drawn = ahead(draw_groups(missing, sizes, len(images), args.training, group_size, mesh))
     trained = ahead(train_groups(drawn, sizes, images, labels, args.training, mesh))
-    save_runs(trained, args, job, sum(map(len, missing)))
+    save_runs(trained, args, job, sum(map(len, missing)))  # now all three go on
     done, n_heldout, n_correct = read_runs(args, job, len(images))
     if done.all():
         write_results(args, images, labels, original, n_heldout, n_correct, imsave)
@@ -504,7 +504,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # else Ctrl-C waits for devices, and PID 1 ignores SIGTERM
+    for number in (signal.SIGINT, signal.SIGTERM):  # else Ctrl-C waits; SIGTERM to a container does nothing
         signal.signal(number, lambda signum, frame: os._exit(128 + signum))
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if it is closed)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
