@@ -65,7 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    For your own network, replace `init` and `predict`; params: any pytree of floats; `linear` is optional."""
+    Your own network replaces `init` and `predict`. params: any float pytree; `linear` is for --precision."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)  # [out, in]: faster on a CPU
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -118,7 +118,7 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
     run, n_subset: traced, for one compilation; images, labels: as in `train`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    # JAX's own setting for matrix products, which CPUs ignore: `linear` reads it, and rounds by itself.
+    # JAX's precision setting. CPUs ignore it: `linear` looks it up and rounds its operands by itself.
     with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(-1 - run)  # other seeds than those of `init`
@@ -182,7 +182,7 @@ def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     sizes[k]: a subset's size there. Yields (k, runs, arrays): arrays of run numbers, train_batches and
     heldout_batches, [group_size, ...], split over the mesh; copies of the last run fill up a short group."""
     for first in range(0, max(map(len, missing)), group_size):
-        for k, n_subset in enumerate(sizes):  # by turns: else tqdm's time left would be wrong
+        for k, n_subset in enumerate(sizes):  # by turns, as larger ones take longer: tqdm's time left holds
             if runs := missing[k][first : first + group_size]:
                 filled = runs + runs[-1:] * (group_size - len(runs))
                 batches = [draw_batches(run, n_examples, n_subset, training) for run in filled]
@@ -234,7 +234,7 @@ def parse_args(argv=None):
     for name, default in Training()._asdict().items():
         how = dict(choices=("float32", "bfloat16")) if name == "precision" else dict(type=type(default))
         add("--" + name.replace("_", "-"), default=default, help="of training (default %(default)s)", **how)
-    add("--parallel-runs", type=int, help="runs at once; rounded up to whole devices (default: what suits)")
+    add("--parallel-runs", type=int, help="runs at once (default: 1 a core, 100 a GPU; the same on all)")
     add("--part", type=int, nargs=2, metavar=("I", "P"), default=[0, 1], help="only runs r with r mod P = I")
     args = parser.parse_args(argv)
     if any(n is not None and n < 1 for n in (args.runs, args.epochs, args.batch_size, args.parallel_runs)):
@@ -303,12 +303,12 @@ def load_tfds(dataset, data_dir):
     read = dict(split="train", as_supervised=True, data_dir=data_dir, read_config=in_order)
     try:
         examples = tfds.load(dataset, **read)
-    except Exception:  # it also fails, at its end, if another process has prepared the set meanwhile
+    except Exception:  # load also fails, at its end, if another process has prepared the set meanwhile
         if not tfds.builder(dataset, data_dir=data_dir).is_prepared():
             raise
         examples = tfds.load(dataset, **read)
     images, labels = next(iter(tfds.as_numpy(examples.batch(len(examples)))))
-    # tfds sorts examples by the hash of a key. In these sets keys are original indices: argsort gives them.
+    # tfds sorts examples by a hash of their keys, which in these sets are the original indices, 0 to N - 1.
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
     hashes = map(Hasher("train").hash_key, range(len(labels)))
     original = np.argsort([*hashes]) if dataset.split(":")[0].split("/")[0] in by_index else None
@@ -391,7 +391,7 @@ def read_runs(args, job, n_examples):
 def write(path, save):
     """Write `path` by save(file), whole or not at all, even if the power fails; a kill may leave a tmp*/."""
     with explained(f"cannot write {path}", "mend that and retry"), TemporaryDirectory(dir=path.parent) as new:
-        with open(Path(new, path.name), "wb") as file:  # in a directory: mkstemp's file would have mode 0600
+        with open(Path(new, path.name), "wb") as file:  # not mkstemp's file: `path` would keep its mode 0600
             save(file)
             file.flush()
             try:
@@ -407,7 +407,7 @@ def save_runs(trained, args, job, n_missing):
     n_failed = 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if bar.n == 0:  # If a job of other settings saves here, too: a Problem now, not at the end.
+            if bar.n == 0:  # first group: has a job of other settings saved here since `main` looked?
                 read_runs(args, job, correctness.shape[1])
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
@@ -484,7 +484,7 @@ def main(argv=None):
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # in JAX's memory: `train_groups` shares it among CPU devices
+    images = np.asarray(jax.device_put(images))  # in a buffer of JAX's: else each CPU device makes a copy
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
@@ -495,7 +495,7 @@ def main(argv=None):
     mesh, group_size = plan_groups(devices, max(map(len, missing)), args.parallel_runs)
     drawn = ahead(draw_groups(missing, sizes, len(images), args.training, group_size, mesh))
     trained = ahead(train_groups(drawn, sizes, images, labels, args.training, mesh))
-    save_runs(trained, args, job, sum(map(len, missing)))  # now all three go on
+    save_runs(trained, args, job, sum(map(len, missing)))  # draws and trains, too: the above are lazy
     done, n_heldout, n_correct = read_runs(args, job, len(images))
     if done.all():
         write_results(args, images, labels, original, n_heldout, n_correct, imsave)
