@@ -49,7 +49,7 @@ def draw_batches(run, n_examples, n_subset, training):
     """Draw a run's subset, n_subset of the N examples, and cut it and the rest into batches of batch_size B.
     Returns indices, int32: train_batches [epochs, ceil(N / B), B], the subset in a new order for each epoch;
     heldout_batches [ceil(N / B), B], all other examples. Both are filled up with the index N, the filler."""
-    # The seed is the run's number, as in the authors' code: so run 7's subset at 0.1 lies in its one at 0.2.
+    # The seed is the run's number alone, as in the authors' code: so run 7's subset at 0.1 is in that at 0.2.
     draws = np.random.RandomState(run)
     subset = draws.permutation(n_examples)[:n_subset]
     # Room for N examples in both, whatever the ratio: one shape, hence one compilation, for all ratios.
@@ -118,7 +118,7 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
     run, n_subset: traced, for one compilation; images, labels: as in `train`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    # JAX's precision setting. CPUs ignore it: `linear` looks it up and rounds its operands by itself.
+    # JAX's precision setting. A CPU ignores it, but `linear` (below) looks it up and rounds by itself.
     with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(-1 - run)  # other seeds than those of `init`
@@ -157,7 +157,7 @@ def linear(x, weights):
     def backward(rounded, gradient):
         x, weights = rounded
         gradient = gradient.astype(jnp.bfloat16)
-        # gradient.T, made by an index: XLA on a CPU would widen a plain .T to float32, which is slow.
+        # gradient.T [out, B], as a gather: XLA on a CPU would widen a plain .T to float32, which is slow.
         transposed = gradient.ravel()[jnp.arange(gradient.size).reshape(gradient.shape).T]
         return jnp.matmul(gradient, weights, **to_float32), jnp.matmul(transposed, x, **to_float32)
 
@@ -308,7 +308,7 @@ def load_tfds(dataset, data_dir):
             raise
         examples = tfds.load(dataset, **read)
     images, labels = next(iter(tfds.as_numpy(examples.batch(len(examples)))))
-    # tfds sorts examples by a hash of their keys, which in these sets are the original indices, 0 to N - 1.
+    # tfds sorts by hash(key). In these sets key = original index: original[i] has the i-th lowest hash.
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
     hashes = map(Hasher("train").hash_key, range(len(labels)))
     original = np.argsort([*hashes]) if dataset.split(":")[0].split("/")[0] in by_index else None
@@ -407,7 +407,7 @@ def save_runs(trained, args, job, n_missing):
     n_failed = 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if bar.n == 0:  # first group: has a job of other settings saved here since `main` looked?
+            if bar.n == 0:  # only to raise, early, the Problem that a job of other settings saves here, too
                 read_runs(args, job, correctness.shape[1])
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
