@@ -65,7 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    Your own network replaces `init` and `predict`. params: any float pytree; `linear` is for --precision."""
+    Your own network replaces `init` and `predict`; params: a float pytree. bfloat16 on a CPU: by `linear`."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)  # [out, in]: faster on a CPU
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -102,8 +102,8 @@ def train(params, key, train_batches, n_train_batches, images, labels, training)
     def step(i, state):
         params, velocity = state
         batch = train_batches[i // n_train_batches, i % n_train_batches]
-        images_of_batch = images.at[batch].get(mode="clip")  # of the filler N: the last image
-        labels_of_batch = labels.at[batch].get(mode="fill", fill_value=-1)  # of the filler: -1
+        images_of_batch = images.at[batch].get(mode="clip")  # for the filler N, the last image
+        labels_of_batch = labels.at[batch].get(mode="fill", fill_value=-1)  # for the filler, -1
         grads = jax.grad(loss)(params, images_of_batch, labels_of_batch, jax.random.fold_in(key, i))
         velocity = jax.tree.map(lambda v, g: training.momentum * v + g, velocity, grads)
         params = jax.tree.map(lambda p, v: p - training.learning_rate * v, params, velocity)
@@ -128,7 +128,7 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
             batch = heldout_batches[i]
             logits = predict(params, images.at[batch].get(mode="clip"))
             finite = jnp.isfinite(logits).all(axis=-1)  # else the model has diverged, and argmax says class 0
-            correct = finite & (logits.argmax(axis=-1) == labels[batch])  # of the filler: anything
+            correct = finite & (logits.argmax(axis=-1) == labels[batch])  # for the filler, anything
             return correctness.at[batch].set(correct.astype(jnp.int8), mode="drop")  # drops the filler
 
         return jax.lax.fori_loop(0, n_heldout_batches, test, jnp.full(len(images), -1, jnp.int8))
@@ -157,7 +157,7 @@ def linear(x, weights):
     def backward(rounded, gradient):
         x, weights = rounded
         gradient = gradient.astype(jnp.bfloat16)
-        # gradient.T [out, B], as a gather: XLA on a CPU would widen a plain .T to float32, which is slow.
+        # gradient.T [out, B], by indexing: of a plain .T, XLA on a CPU makes a slow product in float32.
         transposed = gradient.ravel()[jnp.arange(gradient.size).reshape(gradient.shape).T]
         return jnp.matmul(gradient, weights, **to_float32), jnp.matmul(transposed, x, **to_float32)
 
@@ -182,7 +182,7 @@ def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     sizes[k]: a subset's size there. Yields (k, runs, arrays): arrays of run numbers, train_batches and
     heldout_batches, [group_size, ...], split over the mesh; copies of the last run fill up a short group."""
     for first in range(0, max(map(len, missing)), group_size):
-        for k, n_subset in enumerate(sizes):  # by turns, as larger ones take longer: tqdm's time left holds
+        for k, n_subset in enumerate(sizes):  # a group of each ratio in turn: keeps tqdm's time left right
             if runs := missing[k][first : first + group_size]:
                 filled = runs + runs[-1:] * (group_size - len(runs))
                 batches = [draw_batches(run, n_examples, n_subset, training) for run in filled]
@@ -224,7 +224,7 @@ def ahead(items):
 def parse_args(argv=None):
     """The options, and what follows from them: training (a `Training`), dataset_name, runs_dir."""
     parser = argparse.ArgumentParser(description="Estimate C-scores: see README.md.", usage=argparse.SUPPRESS)
-    parser.print_help = lambda: print(parser.format_help(), flush=True)  # argparse hides BrokenPipeError
+    parser.print_help = lambda: print(parser.format_help(), flush=True)  # lets BrokenPipeError out
     add = parser.add_argument
     add("--dataset", default="mnist", help="FILE.npz, digits or a labeled set of tfds (default %(default)s)")
     add("--data-dir", help="where tfds keeps its data (default $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
@@ -234,7 +234,7 @@ def parse_args(argv=None):
     for name, default in Training()._asdict().items():
         how = dict(choices=("float32", "bfloat16")) if name == "precision" else dict(type=type(default))
         add("--" + name.replace("_", "-"), default=default, help="of training (default %(default)s)", **how)
-    add("--parallel-runs", type=int, help="runs at once (default: 1 a core, 100 a GPU; the same on all)")
+    add("--parallel-runs", type=int, help="runs at once, in equal shares (default: 1 a core, 100 a GPU)")
     add("--part", type=int, nargs=2, metavar=("I", "P"), default=[0, 1], help="only runs r with r mod P = I")
     args = parser.parse_args(argv)
     if any(n is not None and n < 1 for n in (args.runs, args.epochs, args.batch_size, args.parallel_runs)):
@@ -303,7 +303,7 @@ def load_tfds(dataset, data_dir):
     read = dict(split="train", as_supervised=True, data_dir=data_dir, read_config=in_order)
     try:
         examples = tfds.load(dataset, **read)
-    except Exception:  # load also fails, at its end, if another process has prepared the set meanwhile
+    except Exception:  # tfds also fails, after all its work, if another process was faster
         if not tfds.builder(dataset, data_dir=data_dir).is_prepared():
             raise
         examples = tfds.load(dataset, **read)
@@ -353,7 +353,7 @@ def check_labels(labels, n_examples):
 # === Saved runs =================================================================================
 def describe_job(args, images, labels, sizes):
     """What all saved runs of a job agree in, a dict: settings; "content", a hash of the data; "algorithm", a
-    hash of the program that JAX makes of a run (so comments do not count) and of the batches of one run."""
+    hash of one run's batches and of the program that JAX makes of the run (so comments do not count)."""
     batches = draw_batches(1, len(images), sizes[0], args.training)  # drawn outside the program
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
@@ -407,7 +407,7 @@ def save_runs(trained, args, job, n_missing):
     n_failed = 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if bar.n == 0:  # only to raise, early, the Problem that a job of other settings saves here, too
+            if bar.n == 0:  # first group: stop now, if a job of other settings saves here, too
                 read_runs(args, job, correctness.shape[1])
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
@@ -484,7 +484,7 @@ def main(argv=None):
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # in a buffer of JAX's: else each CPU device makes a copy
+    images = np.asarray(jax.device_put(images))  # memory from JAX: all CPU devices share it, without copies
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
@@ -504,7 +504,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # else Ctrl-C waits; SIGTERM to a container does nothing
+    for number in (signal.SIGINT, signal.SIGTERM):  # else Ctrl-C would wait, and a container ignore SIGTERM
         signal.signal(number, lambda signum, frame: os._exit(128 + signum))
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None if it is closed)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
