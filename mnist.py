@@ -65,7 +65,7 @@ def draw_batches(run, n_examples, n_subset, training):
 def init(run, image_shape, n_classes, hidden=(512, 256)):
     """The params of a new network: a list of each layer's weights float32 [out, in] and biases float32 [out].
     run: int32, traced; image_shape: (height, width, channels); hidden: the widths of the layers in between.
-    Your own network replaces `init` and `predict`; params: a float pytree. bfloat16 on a CPU: by `linear`."""
+    For a network of your own, replace `init` and `predict`; its params may be any pytree of floats."""
     glorot = jax.nn.initializers.glorot_normal(in_axis=-1, out_axis=-2)  # [out, in]: faster on a CPU
     widths = [math.prod(image_shape), *hidden, n_classes]
     keys = jax.random.split(jax.random.key(run), (len(widths) - 1, 2))
@@ -83,7 +83,7 @@ def predict(params, images, key=None):
     activations = images.reshape(len(images), -1).astype(jnp.float32) / 255
     *hidden, last = params
     for weights, biases in hidden:
-        activations = jax.nn.relu(linear(activations, weights) + biases)  # activations weights^T
+        activations = jax.nn.relu(linear(activations, weights) + biases)  # = activations @ weights.T
     weights, biases = last
     return linear(activations, weights) + biases
 
@@ -144,8 +144,8 @@ def cscores(n_heldout, n_correct):
 
 
 def linear(x, weights):
-    """x weights^T, float32 [B, out] of float32 [B, in] and [out, in]. --precision bfloat16 rounds x, weights
-    and, in the backward pass, also the incoming gradient (which JAX's own derivative would not round)."""
+    """x @ weights.T, float32 [B, out] of [B, in] and [out, in]. --precision bfloat16 rounds x, weights and,
+    in the backward pass, the incoming gradient. On a CPU, it rounds no other product of the network."""
     if jax.config.jax_default_matmul_precision != "bfloat16":  # set by `train_and_test`
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
@@ -157,11 +157,11 @@ def linear(x, weights):
     def backward(rounded, gradient):
         x, weights = rounded
         gradient = gradient.astype(jnp.bfloat16)
-        # gradient.T [out, B], by indexing: of a plain .T, XLA on a CPU makes a slow product in float32.
+        # gradient.T by a gather: with a plain .T, XLA on a CPU runs the product in float32, which is slow.
         transposed = gradient.ravel()[jnp.arange(gradient.size).reshape(gradient.shape).T]
         return jnp.matmul(gradient, weights, **to_float32), jnp.matmul(transposed, x, **to_float32)
 
-    product = jax.custom_vjp(lambda x, weights: forward(x, weights)[0])
+    product = jax.custom_vjp(lambda x, weights: forward(x, weights)[0])  # JAX's own would not round it
     product.defvjp(forward, backward)
     return product(x, weights)
 
@@ -182,7 +182,7 @@ def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
     sizes[k]: a subset's size there. Yields (k, runs, arrays): arrays of run numbers, train_batches and
     heldout_batches, [group_size, ...], split over the mesh; copies of the last run fill up a short group."""
     for first in range(0, max(map(len, missing)), group_size):
-        for k, n_subset in enumerate(sizes):  # a group of each ratio in turn: keeps tqdm's time left right
+        for k, n_subset in enumerate(sizes):  # a group of each ratio in turn: so tqdm's time left is right
             if runs := missing[k][first : first + group_size]:
                 filled = runs + runs[-1:] * (group_size - len(runs))
                 batches = [draw_batches(run, n_examples, n_subset, training) for run in filled]
@@ -194,7 +194,7 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     """Train and test groups; each device does its own runs. Yields (k, runs, correctness int8 [runs, N]).
     images: uint8 [N, height, width, channels]; labels: integers [N]."""
     classes, labels = np.unique(labels, return_inverse=True)
-    by_run, to_all = jax.P("runs"), jax.P()
+    by_run, to_all = jax.P("runs"), jax.P()  # of an array: a share for each device, or a copy
     data = jax.device_put((images, np.int32(labels)), jax.NamedSharding(mesh, to_all))
 
     def train_on_device(arrays, n_subset, data):  # arrays: of this device's runs
@@ -224,7 +224,7 @@ def ahead(items):
 def parse_args(argv=None):
     """The options, and what follows from them: training (a `Training`), dataset_name, runs_dir."""
     parser = argparse.ArgumentParser(description="Estimate C-scores: see README.md.", usage=argparse.SUPPRESS)
-    parser.print_help = lambda: print(parser.format_help(), flush=True)  # lets BrokenPipeError out
+    parser.print_help = lambda: print(parser.format_help(), flush=True)  # argparse's hides BrokenPipeError
     add = parser.add_argument
     add("--dataset", default="mnist", help="FILE.npz, digits or a labeled set of tfds (default %(default)s)")
     add("--data-dir", help="where tfds keeps its data (default $TFDS_DATA_DIR, or ~/tensorflow_datasets)")
@@ -303,12 +303,12 @@ def load_tfds(dataset, data_dir):
     read = dict(split="train", as_supervised=True, data_dir=data_dir, read_config=in_order)
     try:
         examples = tfds.load(dataset, **read)
-    except Exception:  # tfds also fails, after all its work, if another process was faster
+    except Exception:  # also if another process has prepared the same set meanwhile
         if not tfds.builder(dataset, data_dir=data_dir).is_prepared():
             raise
         examples = tfds.load(dataset, **read)
     images, labels = next(iter(tfds.as_numpy(examples.batch(len(examples)))))
-    # tfds sorts by hash(key). In these sets key = original index: original[i] has the i-th lowest hash.
+    # tfds sorts examples by the hash of their key. In these sets, the key is the original index, 0 to N - 1.
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
     hashes = map(Hasher("train").hash_key, range(len(labels)))
     original = np.argsort([*hashes]) if dataset.split(":")[0].split("/")[0] in by_index else None
@@ -354,7 +354,7 @@ def check_labels(labels, n_examples):
 def describe_job(args, images, labels, sizes):
     """What all saved runs of a job agree in, a dict: settings; "content", a hash of the data; "algorithm", a
     hash of one run's batches and of the program that JAX makes of the run (so comments do not count)."""
-    batches = draw_batches(1, len(images), sizes[0], args.training)  # drawn outside the program
+    batches = draw_batches(1, len(images), sizes[0], args.training)  # NumPy's work, so not in `program`
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
     program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()  # also on a GPU: the same hash
@@ -391,7 +391,7 @@ def read_runs(args, job, n_examples):
 def write(path, save):
     """Write `path` by save(file), whole or not at all, even if the power fails; a kill may leave a tmp*/."""
     with explained(f"cannot write {path}", "mend that and retry"), TemporaryDirectory(dir=path.parent) as new:
-        with open(Path(new, path.name), "wb") as file:  # not mkstemp's file: `path` would keep its mode 0600
+        with open(Path(new, path.name), "wb") as file:
             save(file)
             file.flush()
             try:
@@ -407,7 +407,7 @@ def save_runs(trained, args, job, n_missing):
     n_failed = 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if bar.n == 0:  # first group: stop now, if a job of other settings saves here, too
+            if bar.n == 0:  # check once more: has a job of other settings begun to save here?
                 read_runs(args, job, correctness.shape[1])
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
@@ -434,7 +434,7 @@ def draw_figure(images, labels, scores, classes, columns=10):
         lowest = members[np.argsort(scores[members], kind="stable")][:columns]
         row[: len(highest), 1:-1, 1:-1] = images[highest][..., shown]
         row[columns + 1 :][: len(lowest), 1:-1, 1:-1] = images[lowest][..., shown]
-    return cells.transpose(0, 2, 1, 3, 4).reshape(len(classes) * (height + 2), -1, 3)  # y before cells
+    return np.vstack([np.hstack(row) for row in cells])
 
 
 def write_results(args, images, labels, original, n_heldout, n_correct, imsave):
@@ -484,7 +484,7 @@ def main(argv=None):
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # memory from JAX: all CPU devices share it, without copies
+    images = np.asarray(jax.device_put(images))  # in JAX's own memory: so no copy for each CPU device
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
