@@ -407,7 +407,7 @@ def save_runs(trained, args, job, n_missing):
     n_failed = 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if bar.n == 0:  # check once more: has a job of other settings begun to save here?
+            if bar.n == 0:  # raises Problem, if a job of other settings has begun to save here since
                 read_runs(args, job, correctness.shape[1])
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
