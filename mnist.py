@@ -144,8 +144,8 @@ def cscores(n_heldout, n_correct):
 
 
 def linear(x, weights):
-    """x @ weights.T, float32 [B, out] of [B, in] and [out, in]. --precision bfloat16 rounds x, weights and,
-    in the backward pass, the incoming gradient. On a CPU, it rounds no other product of the network."""
+    """x @ weights.T, float32 [B, out] of [B, in] and [out, in]. With --precision bfloat16 it rounds both and,
+    in the backward pass, the gradient. On a CPU, only here: so a network of your own should call it, too."""
     if jax.config.jax_default_matmul_precision != "bfloat16":  # set by `train_and_test`
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
@@ -156,12 +156,12 @@ def linear(x, weights):
 
     def backward(rounded, gradient):
         x, weights = rounded
-        gradient = gradient.astype(jnp.bfloat16)
+        gradient = gradient.astype(jnp.bfloat16)  # JAX's own derivative would leave it float32
         # gradient.T by a gather: with a plain .T, XLA on a CPU runs the product in float32, which is slow.
         transposed = gradient.ravel()[jnp.arange(gradient.size).reshape(gradient.shape).T]
         return jnp.matmul(gradient, weights, **to_float32), jnp.matmul(transposed, x, **to_float32)
 
-    product = jax.custom_vjp(lambda x, weights: forward(x, weights)[0])  # JAX's own would not round it
+    product = jax.custom_vjp(lambda x, weights: forward(x, weights)[0])
     product.defvjp(forward, backward)
     return product(x, weights)
 
@@ -194,11 +194,11 @@ def train_groups(drawn, sizes, images, labels, training, mesh):
     """Train and test groups; each device does its own runs. Yields (k, runs, correctness int8 [runs, N]).
     images: uint8 [N, height, width, channels]; labels: integers [N]."""
     classes, labels = np.unique(labels, return_inverse=True)
-    by_run, to_all = jax.P("runs"), jax.P()  # of an array: a share for each device, or a copy
+    by_run, to_all = jax.P("runs"), jax.P()  # of an array, each device has a share, or all
     data = jax.device_put((images, np.int32(labels)), jax.NamedSharding(mesh, to_all))
 
     def train_on_device(arrays, n_subset, data):  # arrays: of this device's runs
-        def one_run(run, *batches):
+        def one_run(run, *batches):  # batches: train_batches, heldout_batches; data: images, labels
             return train_and_test(run, *batches, n_subset, *data, len(classes), training)
 
         return jax.vmap(one_run)(*arrays)
@@ -303,15 +303,15 @@ def load_tfds(dataset, data_dir):
     read = dict(split="train", as_supervised=True, data_dir=data_dir, read_config=in_order)
     try:
         examples = tfds.load(dataset, **read)
-    except Exception:  # also if another process has prepared the same set meanwhile
+    except Exception:  # if another process has prepared the set meanwhile, a second try works
         if not tfds.builder(dataset, data_dir=data_dir).is_prepared():
             raise
         examples = tfds.load(dataset, **read)
     images, labels = next(iter(tfds.as_numpy(examples.batch(len(examples)))))
     # tfds sorts examples by the hash of their key. In these sets, the key is the original index, 0 to N - 1.
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
-    hashes = map(Hasher("train").hash_key, range(len(labels)))
-    original = np.argsort([*hashes]) if dataset.split(":")[0].split("/")[0] in by_index else None
+    known = dataset.split(":")[0].split("/")[0] in by_index  # then, sort the indices as tfds did
+    original = np.argsort([Hasher("train").hash_key(key) for key in range(len(labels))]) if known else None
     return images, labels.astype(np.int32, casting="same_kind"), original  # same_kind: no regression targets
 
 
@@ -327,7 +327,7 @@ def check_images(images):
     low, high = float(images.min()), float(images.max())
     if images.dtype != np.uint8 and (low < 0 or high > 255 or high <= 1 or (images % 1 != 0).any()):
         advice = f"np.uint8(np.round(np.interp(images, [{min(low, 0)}, {max(high, 1)}], [0, 255])))"
-        advice = f"images.view(np.uint8), if bytes, or {advice}" if images.dtype == np.int8 else advice
+        advice = ("images.view(np.uint8), if bytes, or " if images.dtype == np.int8 else "") + advice
         raise Problem(f"images must be whole, 0 to 255, {found} from {low:g} to {high:g}: try {advice}")
     if high < 128:
         print(f"warning: no pixel is above {high:g}: scale them so that white is 255", file=sys.stderr)
@@ -354,7 +354,7 @@ def check_labels(labels, n_examples):
 def describe_job(args, images, labels, sizes):
     """What all saved runs of a job agree in, a dict: settings; "content", a hash of the data; "algorithm", a
     hash of one run's batches and of the program that JAX makes of the run (so comments do not count)."""
-    batches = draw_batches(1, len(images), sizes[0], args.training)  # NumPy's work, so not in `program`
+    batches = draw_batches(1, len(images), sizes[0], args.training)  # NumPy's, so not in `program` below
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
     program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()  # also on a GPU: the same hash
@@ -367,7 +367,7 @@ def describe_job(args, images, labels, sizes):
 
 def read_runs(args, job, n_examples):
     """Count the saved runs, whichever --part did them: done bool [K, n_runs]; n_heldout, n_correct, int32
-    [K, N]. Raises Problem if one cannot be read, is of another job, or is beyond --runs."""
+    [K, N]. Raises Problem if a file cannot be read, is of another job, or is beyond --runs."""
     done = np.zeros((len(args.ratios), args.runs), bool)
     n_heldout, n_correct = np.zeros((2, len(args.ratios), n_examples), np.int32)
     with explained(f"cannot use {args.runs_dir}", "use another --output-dir"):
@@ -407,8 +407,8 @@ def save_runs(trained, args, job, n_missing):
     n_failed = 0
     with tqdm(total=n_missing, unit="run", smoothing=0, disable=not n_missing) as bar:
         for k, runs, correctness in trained:
-            if bar.n == 0:  # raises Problem, if a job of other settings has begun to save here since
-                read_runs(args, job, correctness.shape[1])
+            if bar.n == 0:  # before the first save: has a job of other settings saved here meanwhile?
+                read_runs(args, job, correctness.shape[1])  # raises Problem if so
             for run, of_run in zip(runs, correctness):
                 path = args.runs_dir / f"{k}-{run}.npz"
                 if not path.exists():  # else another process has saved this run since `read_runs`
@@ -484,7 +484,7 @@ def main(argv=None):
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # in JAX's own memory: so no copy for each CPU device
+    images = np.asarray(jax.device_put(images))  # a buffer of JAX's: its CPU devices share it, uncopied
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
