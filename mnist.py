@@ -49,7 +49,7 @@ def draw_batches(run, n_examples, n_subset, training):
     """Draw a run's subset, n_subset of the N examples, and cut it and the rest into batches of batch_size B.
     Returns indices, int32: train_batches [epochs, ceil(N / B), B], the subset in a new order for each epoch;
     heldout_batches [ceil(N / B), B], all other examples. Both are filled up with the index N, the filler."""
-    # The seed is the run's number alone, as in the authors' code: so run 7's subset at 0.1 is in that at 0.2.
+    # The seed is the run's number alone, as in the authors' code: so run 7's subset at 0.2 holds that at 0.1.
     draws = np.random.RandomState(run)
     subset = draws.permutation(n_examples)[:n_subset]
     # Room for N examples in both, whatever the ratio: one shape, hence one compilation, for all ratios.
@@ -118,7 +118,7 @@ def train_and_test(run, train_batches, heldout_batches, n_subset, images, labels
     run, n_subset: traced, for one compilation; images, labels: as in `train`."""
     n_train_batches = (n_subset + training.batch_size - 1) // training.batch_size  # rounded up
     n_heldout_batches = (len(images) - n_subset + training.batch_size - 1) // training.batch_size
-    # JAX's precision setting. A CPU ignores it, but `linear` (below) looks it up and rounds by itself.
+    # JAX's precision setting. A GPU obeys it; a CPU does not, so `linear` (below) looks it up and rounds.
     with jax.default_matmul_precision("bfloat16" if training.precision == "bfloat16" else None):
         params = init(run, images.shape[1:], n_classes)
         key = jax.random.key(-1 - run)  # other seeds than those of `init`
@@ -145,8 +145,8 @@ def cscores(n_heldout, n_correct):
 
 def linear(x, weights):
     """x @ weights.T, float32 [B, out] of [B, in] and [out, in]. With --precision bfloat16 it rounds both and,
-    in the backward pass, the gradient. On a CPU, only here: so a network of your own should call it, too."""
-    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by `train_and_test`
+    in the backward pass, the gradient. A CPU rounds nothing else: call it in a network of your own, too."""
+    if jax.config.jax_default_matmul_precision != "bfloat16":  # set by the `with` in `train_and_test`
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
 
@@ -174,7 +174,7 @@ def plan_groups(devices, most_missing, parallel_runs=None):
     per_device = 1 if devices[0].platform == "cpu" else 100
     n_at_once = min(parallel_runs or per_device * len(devices), max(most_missing, 1))
     mesh = jax.sharding.Mesh(devices[:n_at_once], "runs")
-    return mesh, math.ceil(n_at_once / mesh.size) * mesh.size  # as many on each device
+    return mesh, math.ceil(n_at_once / mesh.size) * mesh.size  # rounded up: as many on each device
 
 
 def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
@@ -186,7 +186,7 @@ def draw_groups(missing, sizes, n_examples, training, group_size, mesh):
             if runs := missing[k][first : first + group_size]:
                 filled = runs + runs[-1:] * (group_size - len(runs))
                 batches = [draw_batches(run, n_examples, n_subset, training) for run in filled]
-                arrays = np.array(filled, np.int32), *map(np.stack, zip(*batches))
+                arrays = (np.array(filled, np.int32), *map(np.stack, zip(*batches)))
                 yield k, runs, jax.device_put(arrays, jax.NamedSharding(mesh, jax.P("runs")))
 
 
@@ -358,7 +358,7 @@ def describe_job(args, images, labels, sizes):
     one_run = jax.jit(partial(train_and_test, n_classes=len(np.unique(labels)), training=args.training))
     traced = one_run.trace(np.int32(1), *batches, np.int32(sizes[0]), images, labels.astype(np.int32))
     program = traced.lower(lowering_platforms=("cpu",)).as_text().encode()  # also on a GPU: the same hash
-    algorithm = hashlib.sha256(b"".join([program, *batches])).hexdigest()[:16]
+    algorithm = hashlib.sha256(b"".join([program, *batches])).hexdigest()[:16]  # arrays join as bytes
     content = hashlib.sha256(images)  # the bytes alone: `program` has their shape
     content.update(labels.astype("<i8"))
     hashes = dict(content=content.hexdigest()[:16], algorithm=algorithm)
@@ -366,7 +366,7 @@ def describe_job(args, images, labels, sizes):
 
 
 def read_runs(args, job, n_examples):
-    """Count the saved runs, whichever --part did them: done bool [K, n_runs]; n_heldout, n_correct, int32
+    """Count the saved runs, files k-run.npz, of all parts: done bool [K, n_runs]; n_heldout, n_correct, int32
     [K, N]. Raises Problem if a file cannot be read, is of another job, or is beyond --runs."""
     done = np.zeros((len(args.ratios), args.runs), bool)
     n_heldout, n_correct = np.zeros((2, len(args.ratios), n_examples), np.int32)
@@ -484,7 +484,7 @@ def main(argv=None):
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # a buffer of JAX's: its CPU devices share it, uncopied
+    images = np.asarray(jax.device_put(images))  # JAX aligns it: else `train_groups` copies it per device
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
