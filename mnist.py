@@ -49,7 +49,7 @@ def draw_batches(run, n_examples, n_subset, training):
     """Draw a run's subset, n_subset of the N examples, and cut it and the rest into batches of batch_size B.
     Returns indices, int32: train_batches [epochs, ceil(N / B), B], the subset in a new order for each epoch;
     heldout_batches [ceil(N / B), B], all other examples. Both are filled up with the index N, the filler."""
-    # The seed is the run's number alone, as in the authors' code: so run 7's subset at 0.2 holds that at 0.1.
+    # The seed is the run's number alone, as in the authors' code: run 7's subset at 0.2 contains that at 0.1.
     draws = np.random.RandomState(run)
     subset = draws.permutation(n_examples)[:n_subset]
     # Room for N examples in both, whatever the ratio: one shape, hence one compilation, for all ratios.
@@ -145,7 +145,7 @@ def cscores(n_heldout, n_correct):
 
 def linear(x, weights):
     """x @ weights.T, float32 [B, out] of [B, in] and [out, in]. With --precision bfloat16 it rounds both and,
-    in the backward pass, the gradient. A CPU rounds nothing else: call it in a network of your own, too."""
+    in the backward pass, the gradient. On a CPU only `linear` rounds: so use it in a network of your own."""
     if jax.config.jax_default_matmul_precision != "bfloat16":  # set by the `with` in `train_and_test`
         return jnp.inner(x, weights)
     to_float32 = dict(preferred_element_type=jnp.float32)
@@ -308,9 +308,9 @@ def load_tfds(dataset, data_dir):
             raise
         examples = tfds.load(dataset, **read)
     images, labels = next(iter(tfds.as_numpy(examples.batch(len(examples)))))
-    # tfds sorts examples by the hash of their key. In these sets, the key is the original index, 0 to N - 1.
+    # tfds sorts by the hash of a key. In these sets, keys are the original indices: argsort gives its order.
     by_index = ("mnist", "fashion_mnist", "kmnist", "emnist", "cifar10", "cifar100", "cmaterdb")
-    known = dataset.split(":")[0].split("/")[0] in by_index  # then, sort the indices as tfds did
+    known = dataset.split(":")[0].split("/")[0] in by_index
     original = np.argsort([Hasher("train").hash_key(key) for key in range(len(labels))]) if known else None
     return images, labels.astype(np.int32, casting="same_kind"), original  # same_kind: no regression targets
 
@@ -484,7 +484,7 @@ def main(argv=None):
     devices = start_jax()
     print(f"JAX {jax.__version__} on {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
     images, labels, original = load(args.dataset, args.data_dir)
-    images = np.asarray(jax.device_put(images))  # JAX aligns it: else `train_groups` copies it per device
+    images = np.asarray(jax.device_put(images))  # an aligned copy, which cores can share in `train_groups`
     sizes = np.array([round(len(images) * ratio) for ratio in args.ratios])
     if min(sizes) == 0 or max(sizes) == len(images):
         raise Problem(f"--ratios: each must leave some of the {len(images)} examples in, and some out")
