@@ -42,10 +42,10 @@ def change_labels(random_state):
     return images, labels, changed
 
 
-def cscores(images, labels, runs):
+def cscores(images, labels, options):
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/own.npz", images=images, labels=labels)
-        args = f"--dataset {folder}/own.npz --output-dir {folder} --batch-size 100 --runs {runs}"
+        args = f"--dataset {folder}/own.npz --output-dir {folder} --batch-size 100 {options}"
         with contextlib.redirect_stdout(io.StringIO()):
             mnist.main(args.split())
         return np.load(f"{folder}/cscores.npy")
@@ -69,15 +69,17 @@ def main():
     except ImportError:
         sys.exit("label_noise.py: cleanlab is missing: pip install cleanlab==2.9.0")
     warnings.simplefilter("ignore", ConvergenceWarning)  # ten epochs are what is compared
-    rows = [("mnist.py, 180 models", cscores, 20)]
+    all_ratios, one_ratio = "--runs 20", "--runs 20 --ratios 0.5"
+    rows = [(f"mnist.py {all_ratios}, 180 models", cscores, all_ratios)]
+    rows += [(f"mnist.py {one_ratio}, 20 models", cscores, one_ratio)]
     rows += [(f"cleanlab, {5 * repeats} models", self_confidence, repeats) for repeats in (1, 4, 36)]
     table = []
-    for name, rank, size in rows:
+    for name, rank, how in rows:
         found, seconds = [], []
         for random_state in range(2):
             images, labels, changed = change_labels(random_state)
             start = time.perf_counter()
-            suspects = np.argsort(rank(images, labels, size), kind="stable")
+            suspects = np.argsort(rank(images, labels, how), kind="stable")
             seconds.append(time.perf_counter() - start)
             found.append([np.isin(suspects[:n], changed).sum() for n in (54, 108)])
         lowest = [", ".join(map(str, column)) for column in zip(*found)]
