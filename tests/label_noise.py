@@ -69,9 +69,8 @@ def main():
     except ImportError:
         sys.exit("label_noise.py: cleanlab is missing: pip install cleanlab==2.9.0")
     warnings.simplefilter("ignore", ConvergenceWarning)  # ten epochs are what is compared
-    all_ratios, one_ratio = "--runs 20", "--runs 20 --ratios 0.5"
-    rows = [(f"mnist.py {all_ratios}, 180 models", cscores, all_ratios)]
-    rows += [(f"mnist.py {one_ratio}, 20 models", cscores, one_ratio)]
+    jobs = (180, "--runs 20"), (20, "--runs 20 --ratios 0.5")
+    rows = [(f"mnist.py {options}, {models} models", cscores, options) for models, options in jobs]
     rows += [(f"cleanlab, {5 * repeats} models", self_confidence, repeats) for repeats in (1, 4, 36)]
     table = []
     for name, rank, how in rows:
